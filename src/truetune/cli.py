@@ -1,0 +1,132 @@
+"""Names → commands, loaded lazily; a fault → its message and exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from truetune.config import Config, language, unknown_key
+from truetune.errors import Interrupted, TruetuneError, UserError
+from truetune.messages import text
+
+COMMANDS = ("train", "check", "chat", "runs", "env", "demo")
+
+
+class Program(click.Group):
+    """The command line in one language; loads the module of a command only when that command is called."""
+
+    def __init__(self, lang: str) -> None:
+        settings = {"token_normalize_func": _normalise, "help_option_names": ["-h", "--help"]}
+        super().__init__("truetune", help=text("help.program", lang), context_settings=settings)
+        self.lang = lang
+        self.params.append(click.Option(["--lang"], help=text("field.lang", lang), metavar="VALUE", expose_value=False))
+        self.params.append(click.Option(["--debug"], is_flag=True, help=text("help.debug", lang), expose_value=False))
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Return the names in the order of the story, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command and return the command in the program's language."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"truetune.commands.{cmd_name}")
+        command: click.Command = module.command(self.lang)
+        return command
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section(text("help.commands", self.lang)):
+            formatter.write_dl([(name, text(f"command.{name}", self.lang)) for name in COMMANDS])
+
+
+def _normalise(token: str) -> str:
+    """--learning_rate is --learning-rate."""
+    return token.replace("_", "-") if token.startswith("--") else token
+
+
+def config_options(lang: str, names: Sequence[str] | None = None) -> list[click.Parameter]:
+    """Return --config and an option for every field of Config (or for `names`)."""
+    options = [
+        click.Option(["--" + name.replace("_", "-"), name], help=text(f"field.{name}", lang), metavar="VALUE")
+        for name in Config.model_fields
+        if name not in ("data", "lang") and (names is None or name in names)
+    ]
+    return [*options, click.Option(["--config", "config_file"], metavar="FILE", help=text("help.config", lang))]
+
+
+def given(values: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration flags that were given, with `data` if any was."""
+    flags = {key: value for key, value in values.items() if key in Config.model_fields and value is not None}
+    return flags | ({"data": list(data)} if data else {})
+
+
+def main() -> None:
+    """Run the command line and leave the process with its exit code."""
+    # Our own lines say what is loaded; bars and notices of the libraries would only cover them. Errors come through.
+    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    if "--debug" not in sys.argv:
+        warnings.simplefilter("ignore", FutureWarning)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command line and return its exit code; no traceback unless --debug is given."""
+    lang = _lang(words)
+    debug = "--debug" in words
+    try:
+        result = Program(lang).main([*_hoisted(words)], prog_name="truetune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return _report(Interrupted(), lang, debug=debug)
+    except click.NoSuchOption as error:
+        return _report(unknown_key(error.option_name, error.option_name), lang, debug=debug)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "truetune"
+        problem = error.format_message()
+        fault = UserError("usage", where=where, fix="usage", problem=problem, command=where)
+        return _report(fault, lang, debug=debug)
+    except TruetuneError as error:
+        return _report(error, lang, debug=debug)
+
+
+def _hoisted(words: Sequence[str]) -> list[str]:
+    """Move --debug and --lang to the front, where the program itself takes them, wherever they were written."""
+    front, rest = [], []
+    pending = iter(words)
+    for word in pending:
+        if word == "--lang":
+            front += [word, next(pending, "")]
+        elif word == "--debug" or word.startswith("--lang="):
+            front.append(word)
+        else:
+            rest.append(word)
+    return front + rest
+
+
+def _lang(words: Sequence[str]) -> str:
+    """Return the language: --lang, else the locale's.
+
+    >>> _lang(["runs", "--lang", "zh"])
+    'zh'
+    """
+    front = _hoisted(words)
+    values = [word.partition("=")[2] for word in front if word.startswith("--lang=")]
+    values += [front[number + 1] for number, word in enumerate(front) if word == "--lang"]
+    return language(values[-1]) if values and values[-1] in ("en", "zh") else language()
+
+
+def _report(error: TruetuneError, lang: str, *, debug: bool) -> int:
+    from truetune.console import Console
+
+    Console(lang).error(error)
+    if debug:
+        raise error
+    return error.exit_code

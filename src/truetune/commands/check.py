@@ -1,0 +1,94 @@
+"""`truetune check DATA... --model M`: what would be learned, without loading weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from truetune.cli import config_options, given
+from truetune.config import resolve
+from truetune.errors import UserError
+from truetune.messages import text
+
+if TYPE_CHECKING:
+    from truetune.console import Console
+    from truetune.preflight import Preflight
+    from truetune.records import Row
+
+# What changes the preflight's numbers.
+KEYS = (
+    *("model", "revision", "hub", "eval_data", "eval_split", "system", "input_join", "template"),
+    *("chat_template_kwargs", "train_on", "max_length", "invalid", "batch_size", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+)
+
+
+def command(lang: str) -> click.Command:
+    """Return the command, described in `lang`."""
+
+    def run(
+        data: tuple[str, ...], config_file: str | None, show: str | None, json_file: str | None, **values: Any
+    ) -> int:
+        settings = resolve(given(values, data), Path(config_file) if config_file else None)
+        from truetune.console import Console
+        from truetune.preflight import preflight, show_refused, show_report
+
+        console = Console(lang)
+        flight = preflight(settings.config, console)
+        report = flight.prepared.report
+        show_report(report, console)
+        if show:
+            _show(show, flight, console)
+        if show != "refused":
+            show_refused(report, console)
+        if json_file:
+            _write_json(Path(json_file), dataclasses.asdict(report))
+        return 2 if report.rows_refused else 0
+
+    return click.Command(
+        "check",
+        callback=run,
+        help=text("command.check", lang),
+        params=[
+            click.Argument(["data"], nargs=-1),
+            click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
+            click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
+            *config_options(lang, KEYS),
+        ],
+    )
+
+
+def _show(what: str, flight: Preflight, console: Console) -> None:
+    """Print the rows asked for, learned tokens coloured."""
+    from truetune.preflight import show_refused
+
+    rows = [*flight.prepared.train, *flight.prepared.held_out]
+    if what == "refused":
+        show_refused(flight.prepared.report, console, limit=None)
+    elif what == "longest":
+        _show_rows(sorted(rows, key=lambda row: -max(map(len, row.pairs)))[:1], flight, console)
+    elif what.isdigit():
+        _show_rows(sorted(rows, key=lambda row: row.index)[: int(what)], flight, console)
+    else:
+        raise UserError("show", where="--show", fix="show", value=what)
+
+
+def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None:
+    for row in rows:
+        for pair in row.pairs:
+            console.say(
+                "check.row", style="bold", where=row.where, prompt=len(pair.prompt_ids), answer=len(pair.answer_ids)
+            )
+            console.pair_view(flight.renderer.tokenizer, pair)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    from truetune.rundir import to_json, write_atomic
+
+    if not path.parent.is_dir():
+        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
+    write_atomic(path, to_json(values, indent=2) + "\n")

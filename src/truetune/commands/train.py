@@ -1,0 +1,42 @@
+"""`truetune train DATA... --model M`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from truetune.cli import config_options, given
+from truetune.config import resolve
+from truetune.messages import text
+from truetune.rundir import RunDir
+
+
+def command(lang: str) -> click.Command:
+    """Return the command, described in `lang`."""
+
+    def run(data: tuple[str, ...], config_file: str | None, resume: bool, **values: Any) -> None:
+        flags = given(values, data)
+        path = Path(config_file) if config_file else None
+        if resume and path is None and flags.get("output_dir"):
+            # The values in force then, what "auto" chose included.
+            saved = RunDir(Path(flags["output_dir"])).config
+            path = saved if saved.is_file() else None
+        settings = resolve(flags, path)
+        from truetune.console import Console
+        from truetune.train import train
+
+        chosen = settings.config.lang
+        train(settings, Console(lang if chosen == "auto" else chosen), resume=resume)
+
+    return click.Command(
+        "train",
+        callback=run,
+        help=text("command.train", lang),
+        params=[
+            click.Argument(["data"], nargs=-1),
+            click.Option(["--resume"], is_flag=True, help=text("help.resume", lang)),
+            *config_options(lang),
+        ],
+    )

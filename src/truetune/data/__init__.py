@@ -1,0 +1,1 @@
+"""JSON line → row → conversation → pairs → prepared data."""

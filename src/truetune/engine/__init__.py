@@ -1,0 +1,1 @@
+"""One optimizer step: pairs → forwards → loss → gradient."""

@@ -1,0 +1,123 @@
+"""Messages → stream of text, or answers to many prompts at once, rendered by the module that rendered training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from truetune.data.template import Renderer
+from truetune.model import pad_id
+from truetune.records import Message
+
+EMPTY_THINKING = "<think>\n\n</think>\n\n"
+"""What Qwen3's template writes before an answer without reasoning; learned, and not shown."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedy at temperature 0, so that the same question gets the same answer."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments for transformers' `generate`; the model's own defaults are overridden."""
+        if self.temperature == 0:
+            drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        else:
+            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, **drawn}
+
+
+def answers(
+    model: Any, renderer: Renderer, prompts: Sequence[Sequence[Message]], sampling: Sampling, *, batch_size: int = 8
+) -> list[str]:
+    """Return the answer to each of `prompts` (lists of messages), computed in batches padded on the left."""
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = [renderer.prompt_ids(messages) for messages in prompts[start : start + batch_size]]
+        width = max(map(len, rows))
+        ids_BT = torch.full((len(rows), width), pad_id(renderer.tokenizer))
+        for number, row in enumerate(rows):
+            ids_BT[number, width - len(row) :] = torch.tensor(row)
+        is_token_BT = torch.tensor([[n >= width - len(row) for n in range(width)] for row in rows])
+        output_BT = _generate(model, renderer, ids_BT, is_token_BT, sampling)
+        texts += [_shown(renderer.tokenizer.decode(ids, skip_special_tokens=True)) for ids in output_BT[:, width:]]
+    return texts
+
+
+def stream(model: Any, renderer: Renderer, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    """Yield the answer to `messages` piece by piece; an empty thinking block at its start is left out.
+
+    Closing the iterator (Ctrl-C) stops the model at its next token.
+    """
+    ids_BT = torch.tensor([renderer.prompt_ids(messages)])
+    streamer = TextIteratorStreamer(renderer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    is_closed = threading.Event()
+
+    def work() -> None:
+        is_token_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        stop = StoppingCriteriaList([_StopWhen(is_closed)])
+        try:
+            _generate(model, renderer, ids_BT, is_token_BT, sampling, streamer=streamer, stopping_criteria=stop)
+        finally:
+            streamer.end()
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work)
+        try:
+            yield from _without_empty_thinking(streamer)
+            future.result()
+        finally:
+            is_closed.set()
+
+
+class _StopWhen(StoppingCriteria):  # type: ignore[misc]
+    """Stops every row once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _generate(
+    model: Any, renderer: Renderer, ids_BT: torch.Tensor, is_token_BT: torch.Tensor, sampling: Sampling, **extra: Any
+) -> torch.Tensor:
+    device = next(model.parameters()).device
+    output_BT: torch.Tensor = model.generate(
+        input_ids=ids_BT.to(device),
+        attention_mask=is_token_BT.long().to(device),
+        eos_token_id=sorted(renderer.stop_ids),
+        pad_token_id=pad_id(renderer.tokenizer),
+        **sampling.arguments(),
+        **extra,
+    )
+    return output_BT
+
+
+def _shown(text: str) -> str:
+    return text.removeprefix(EMPTY_THINKING).strip()
+
+
+def _without_empty_thinking(pieces: Iterator[str]) -> Iterator[str]:
+    """Hold the start back until it is, or is not, an empty thinking block."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if held.startswith(EMPTY_THINKING):
+            held = held.removeprefix(EMPTY_THINKING)
+        elif EMPTY_THINKING.startswith(held):
+            continue
+        break
+    if held:
+        yield held
+    yield from pieces

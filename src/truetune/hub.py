@@ -1,0 +1,80 @@
+"""Hub id → local folder, with huggingface_hub or modelscope. Nothing else here opens a connection."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from truetune.errors import UserError
+
+CONNECT_TIMEOUT_S = 1.5
+"""How long to wait for the hub before saying so; huggingface_hub alone retries for a minute."""
+
+# No code and no pickled weights.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+MODELSCOPE_ENDPOINT = "https://modelscope.cn"
+
+
+def fetch(name: str, *, revision: str, hub: str) -> Path:
+    """Download the model `name` (or find it in the cache) and return its folder.
+
+    Raises: UserError within about two seconds if the hub cannot be reached and the model is not in the cache.
+    """
+    return _from_modelscope(name, revision) if hub == "modelscope" else _from_huggingface(name, revision)
+
+
+def _from_huggingface(name: str, revision: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from tqdm.auto import tqdm
+
+    # The program turns the library's own bars off; a download of gigabytes keeps one.
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": tqdm}
+    online = not constants.HF_HUB_OFFLINE and can_connect(constants.ENDPOINT)
+    try:
+        return Path(snapshot_download(name, local_files_only=not online, **arguments))
+    except LocalEntryNotFoundError:
+        raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=constants.ENDPOINT) from None
+    except HfHubHTTPError as error:
+        raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error).splitlines()[0]) from None
+
+
+def _from_modelscope(name: str, revision: str) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise UserError("extra_missing", where="hub: modelscope", fix="extra_missing", extra="modelscope") from None
+    revision = "master" if revision == "main" else revision
+    online = can_connect(MODELSCOPE_ENDPOINT)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, local_files_only=not online))
+    except ValueError as error:
+        if online:
+            raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error)) from None
+        raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=MODELSCOPE_ENDPOINT) from None
+
+
+def can_connect(endpoint: str, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
+    """Return True if a connection to the endpoint (or to the proxy that leads there) opens within `timeout_s`.
+
+    In a thread of its own, since looking up a name has no time limit.
+    """
+    parts = urlsplit(getproxies().get(urlsplit(endpoint).scheme) or endpoint)
+    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=timeout_s).close()
+        except OSError:
+            return
+        connected.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return connected.is_set()

@@ -1,0 +1,163 @@
+"""The steps of a run: yields an event for each thing that happened, and writes nothing itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from truetune.engine.step import train_step
+from truetune.engine.trie import count_trie_tokens
+from truetune.errors import NumericsError
+from truetune.records import Row
+
+Event = dict[str, Any]
+"""One line of events.jsonl: `kind` and what belongs to it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that the loop needs. All steps are optimizer steps."""
+
+    num_steps: int
+    batch_size: int
+    seed: int
+    max_tokens: int
+    pad_id: int
+    max_grad_norm: float
+    eval_steps: int
+    save_steps: int
+
+
+def batches(num_rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (epochs done after the step, row numbers) of each step for ever, from step `start` on.
+
+    The order of an epoch is a function of (seed, epoch); its last, smaller batch is kept.
+    """
+    per_epoch = math.ceil(num_rows / batch_size)
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        order = np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
+        for number in range(skip, per_epoch):
+            end = min((number + 1) * batch_size, num_rows)
+            yield epoch + end / num_rows, order[number * batch_size : end]
+        epoch, skip = epoch + 1, 0
+
+
+@dataclass
+class Loop:
+    """Model, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    plan: Plan
+    backward: Callable[[torch.Tensor], None]
+
+    def run(
+        self,
+        rows: Sequence[Row],
+        *,
+        start: int = 0,
+        evaluate: Callable[[], float | None] = lambda: None,
+        save: Callable[[int], None] = lambda _step: None,
+    ) -> Iterator[Event]:
+        """Train from step `start` + 1 to the last, yielding "eval" and "step" events.
+
+        `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint.
+        """
+        plan = self.plan
+        if start == 0:
+            yield from _evaluation(0, evaluate)
+        self.model.train()
+        order = batches(len(rows), plan.batch_size, plan.seed, start=start)
+        for step in range(start + 1, plan.num_steps + 1):
+            epoch, numbers = next(order)
+            yield self._step(step, epoch, [rows[number] for number in numbers])
+            is_last = step == plan.num_steps
+            if is_last or step % plan.eval_steps == 0:
+                yield from _evaluation(step, evaluate)
+            if is_last or step % plan.save_steps == 0:
+                save(step)
+
+    def _step(self, step: int, epoch: float, rows: Sequence[Row]) -> Event:
+        """Take one optimizer step and return its event."""
+        began, cpu_began = time.perf_counter(), time.process_time()
+        pairs = [pair for row in rows for pair in row.pairs]
+        result = train_step(
+            self.model,
+            pairs,
+            max_tokens=self.plan.max_tokens,
+            pad_id=self.plan.pad_id,
+            seeds=(self.plan.seed, step),
+            backward=self.backward,
+        )
+        learning_rate = self.scheduler.get_last_lr()[0]
+        grad_norm = self._update(step, rows, result.loss)
+        seconds = time.perf_counter() - began
+        return {
+            "kind": "step",
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": result.loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "rows": len(rows),
+            "pairs": len(pairs),
+            "learned_tokens": result.num_learned_tokens,
+            "trie_tokens": count_trie_tokens(pairs),
+            "computed_tokens": result.num_tokens,
+            "seconds": seconds,
+            "memory_bytes": _memory_bytes(),
+            "cpu_percent": round(100 * (time.process_time() - cpu_began) / seconds, 1),
+            "gpu_percent": _gpu_percent(),
+            "row_ids": [row.index for row in rows],
+        }
+
+    def _update(self, step: int, rows: Sequence[Row], loss: float) -> float:
+        """Clip and apply the gradient; return its norm before clipping.
+
+        Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite: one NaN would
+        make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            origins = ", ".join(row.where for row in rows)
+            raise NumericsError(
+                "not_finite", where=f"step {step}", fix="not_finite", loss=loss, grad_norm=grad_norm, rows=origins
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+
+def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:
+    began = time.perf_counter()
+    loss = evaluate()
+    if loss is not None:
+        yield {"kind": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began}
+
+
+def _memory_bytes() -> int:
+    """Return the memory in use: allocated on the GPU if there is one, else this process's resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def _gpu_percent() -> float | None:
+    """Return the GPU's utilisation, None without one or without NVML."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return float(torch.cuda.utilization())
+    except ModuleNotFoundError:
+        return None

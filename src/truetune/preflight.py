@@ -1,0 +1,98 @@
+"""What happens before any weights are loaded: find the base, build the renderer, prepare the data, show the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from truetune.config import Config
+from truetune.console import Console
+from truetune.data.prepare import Prepared, prepare
+from truetune.data.template import Renderer, build_renderer
+from truetune.errors import UserError
+from truetune.model import Base, eos_ids, find_base, load_tokenizer, prepare_base
+from truetune.records import Report
+
+MAX_REFUSED_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A base, its renderer and the data, checked."""
+
+    base: Base
+    renderer: Renderer
+    prepared: Prepared
+
+
+def preflight(config: Config, console: Console, *, date: str | None = None) -> Preflight:
+    """Check everything about a run that can be checked without its weights. `date`: what the template's clock says.
+
+    Raises: UserError if the model or a data file cannot be used.
+    """
+    if not config.data:
+        raise UserError("no_data", where="data", fix="no_data")
+    if config.model is None:
+        raise UserError("no_model", where="--model", fix="no_model")
+    base = find_base(config.model, revision=config.revision, hub=config.hub)
+    if not base.folder.exists():
+        with console.status("status.convert", name=base.name):
+            prepare_base(base)
+    with console.status("status.read"):
+        renderer = build_renderer(
+            load_tokenizer(base.folder),
+            eos_ids(base.folder),
+            template=config.template,
+            system=config.system,
+            template_kwargs=config.chat_template_kwargs,
+            date=date,
+        )
+        prepared = prepare(config, renderer, lang=console.lang)
+    return Preflight(base, renderer, prepared)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Print the report of a preflight."""
+    template_share = report.learned_template_tokens / max(report.learned_tokens, 1)
+    console.pairs(
+        "report.title",
+        [
+            ("label.rows_read", f"{report.rows_read:,}"),
+            ("label.rows_used", console.text("report.used", used=report.rows_used, held_out=report.rows_held_out)),
+            ("label.rows_refused", f"{report.rows_refused:,}"),
+            ("label.exact_duplicates", f"{report.exact_duplicates:,}"),
+            ("label.pairs", f"{report.pairs:,}"),
+            ("label.tokens", f"{report.total_tokens:,}"),
+            (
+                "label.learned_tokens",
+                console.text(
+                    "report.learned",
+                    learned=report.learned_tokens,
+                    share=report.learned_tokens / max(report.total_tokens, 1),
+                    template_share=template_share,
+                ),
+            ),
+            ("label.length", console.text("report.length", longest=report.longest, **report.quantiles)),
+            ("label.steps", f"{report.steps:,}"),
+        ],
+    )
+    for line in [*report.notes, *report.diagnosis]:
+        console.write(f"  {line}")
+
+
+def show_refused(report: Report, console: Console, *, limit: int | None = MAX_REFUSED_SHOWN) -> None:
+    """Print refused rows, each with where, reason and fix; past `limit` they are counted."""
+    for refusal in report.refused[:limit]:
+        console.write(f"{refusal.where}: {refusal.reason}\n  → {refusal.fix}")
+    hidden = report.refused[limit:] if limit is not None else []
+    if hidden:
+        reasons = Counter(refusal.reason for refusal in hidden)
+        console.say("report.more_refused", count=len(hidden), reasons=len(reasons))
+
+
+def require_usable(report: Report, *, skip_invalid: bool) -> None:
+    """Raise UserError if rows were refused (unless they may be skipped) or none is left."""
+    if report.rows_refused and not skip_invalid:
+        raise UserError("rows_refused", where=report.refused[0].where, fix="rows_refused", count=report.rows_refused)
+    if report.rows_used - report.rows_held_out == 0:
+        raise UserError("no_rows", where="data", fix="no_rows")

@@ -1,0 +1,110 @@
+"""The values that travel along the path of an example, and the shape legend.
+
+    RawRow → Conversation → Pair(s) → Row → batch
+
+Shapes, used as suffixes on tensors that cross a function:
+
+    B  pairs in one forward          T  tokens of the longest pair of that forward
+    K  kept positions (the last ones, where something is learned)        V  vocabulary
+
+A pair, and the labels that a padded row of it gets (`.` = IGNORE_INDEX):
+
+    token       p0 p1 p2 a0 a1 stop pad        p prompt, a answer
+    is_target   .  .  .  a0 a1 stop .          learned: the answer, up to and including the stop token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+IGNORE_INDEX = -100
+"""Label of a position where nothing is learned, as everywhere in the Hugging Face world."""
+
+Message = dict[str, Any]
+"""One turn: `role`, `content`; the assistant's may hold `reasoning_content` and `is_target` (False = only read)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it stands in a file; `where` is "file:line"."""
+
+    where: str
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row in one shape: messages in order; turns without `is_target: False` of the assistant are learned."""
+
+    where: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The unit of training: what inference sends for one turn, and what the model must then write.
+
+    `prompt_ids`: the exact token ids of the prompt. `answer_ids`: the tokens to learn, the stop token last.
+    `num_template_tokens`: how many of `answer_ids` the template wrote (stop token, empty think block).
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    num_template_tokens: int = 1
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A usable row: its pairs stay together in one optimizer step. `index` is its number in the data set."""
+
+    index: int
+    where: str
+    pairs: tuple[Pair, ...]
+    prompt: tuple[Message, ...] = ()
+    answer: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all pairs, prompts included."""
+        return sum(len(pair) for pair in self.pairs)
+
+    @property
+    def num_learned_tokens(self) -> int:
+        """Tokens that are learned, the stop tokens included."""
+        return sum(len(pair.answer_ids) for pair in self.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that is not used, said in full: where, why, how to fix it."""
+
+    where: str
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the preflight found. The fields are those of `truetune check --json`."""
+
+    rows_read: int
+    rows_used: int
+    rows_refused: int
+    refused: Sequence[Refusal]
+    exact_duplicates: int
+    pairs: int
+    learned_tokens: int
+    learned_template_tokens: int
+    total_tokens: int
+    trie_tokens: int
+    longest: int
+    steps: int
+    diagnosis: Sequence[str] = ()
+    rows_held_out: int = 0
+    quantiles: dict[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()

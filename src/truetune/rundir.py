@@ -1,0 +1,155 @@
+"""One run is one folder, the only source of truth about it.
+
+RUN/
+  config.yaml   every value in force, loadable again        run.json      what ran: versions, hashes, state
+  events.jsonl  one JSON object a line                      steps.jsonl   the row ids of every optimizer step
+  data/         prepared tokens, refused.jsonl              checkpoints/  adapter + optimizer, every save_steps
+  adapter/      the result                                  (see product documentation in docs/run-folder.md)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.errors import UserError
+
+
+def write_atomic(path: Path, content: str) -> None:
+    """Write `path` so that a reader sees the old or the new content, never a part: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return strict JSON: non-ASCII text as it is, never NaN or Infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+class RunDir:
+    """Paths of one run, and the few files that are written while it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.run_json = path / "run.json"
+        self.events = path / "events.jsonl"
+        self.steps = path / "steps.jsonl"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    @property
+    def is_run(self) -> bool:
+        """True if the folder holds a run."""
+        return self.run_json.is_file()
+
+    def create(self) -> None:
+        """Make the folders of a new run."""
+        for folder in (self.data, self.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def read_info(self) -> dict[str, Any]:
+        """Return run.json."""
+        info: dict[str, Any] = json.loads(self.run_json.read_text(encoding="utf-8"))
+        return info
+
+    def write_info(self, **values: Any) -> None:
+        """Add `values` to run.json, atomically."""
+        info = self.read_info() if self.is_run else {}
+        write_atomic(self.run_json, to_json(info | values, indent=2) + "\n")
+
+    def append(self, event: dict[str, Any]) -> None:
+        """Append one line to events.jsonl."""
+        _append(self.events, event)
+
+    def append_step_rows(self, step: int, row_ids: list[int]) -> None:
+        """Append the row ids of one optimizer step to steps.jsonl."""
+        _append(self.steps, {"step": step, "rows": row_ids})
+
+    def read_events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events; a last line cut by a kill is left out."""
+        return _read_lines(self.events)
+
+    def cut_back(self, step: int) -> None:
+        """Drop every event and step line later than `step`, as resume does before it repeats them."""
+        for path in (self.events, self.steps):
+            kept = [line for line in _read_lines(path) if line.get("step", 0) <= step]
+            write_atomic(path, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(value) + "\n")
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        yield value
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder, the steps taken, the last loss and the held-out loss (nats a token) before and after."""
+
+    path: Path
+    steps: int
+    loss: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+
+
+def outcome(run: RunDir) -> Run:
+    """Return what the events of a run say about it."""
+    events = list(run.read_events())
+    steps = [event for event in events if event["kind"] == "step"]
+    losses = [event["eval_loss"] for event in events if event["kind"] == "eval"]
+    before, after = (losses[0], losses[-1]) if losses else (None, None)
+    return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
+
+
+def next_run_path(data: str, model: str, root: Path = Path("runs")) -> Path:
+    """Return `runs/<data>-<model>-NNN` with the first free number."""
+    stem = "-".join(re.sub(r"[^\w.]+", "-", Path(name).stem or "data").strip("-") for name in (data, model))
+    numbers = [int(path.name[-3:]) for path in root.glob(f"{stem}-[0-9][0-9][0-9]")]
+    return root / f"{stem}-{max(numbers, default=0) + 1:03d}"
+
+
+def list_runs(root: Path) -> list[RunDir]:
+    """Return the runs under `root`, oldest first."""
+    runs = [RunDir(path.parent) for path in root.glob("*/run.json")]
+    return sorted(runs, key=lambda run: (run.read_info().get("started", ""), run.path.name))
+
+
+def open_output(path: Path, *, resume: bool) -> RunDir:
+    """Return the folder of a new run, or of the run to resume.
+
+    Raises: UserError if the folder holds another run or other files, or if there is nothing to resume.
+    """
+    run = RunDir(path)
+    if path.exists() and not path.is_dir():
+        raise UserError("output_is_file", where=str(path), fix="output_other")
+    if resume:
+        if path.exists() and not run.is_run:
+            raise UserError("output_no_run", where=str(path), fix="output_no_run")
+        return run
+    if run.is_run:
+        raise UserError("output_has_run", where=str(path), fix="output_resume_or_other")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError("output_not_empty", where=str(path), fix="output_other")
+    return run
