@@ -57,7 +57,7 @@ def assemble(settings: Settings, flight: Preflight, folder: Path, console: Conso
     if accelerator.num_processes > 1:
         raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
     dtype, reason = choose_dtype(config.dtype)
-    with console.status("status.load", name=flight.base.name, dtype=dtype, reason=console.text(f"dtype.{reason}")):
+    with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
         model = _load(flight.base, config, dtype)
     settings, held_out = _choose(settings.with_chosen(dtype=dtype), flight, model)
     config = settings.config

@@ -11,6 +11,7 @@ called `checkpoint-000100` is complete, or damaged later, which its hashes tell.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -77,8 +78,14 @@ def seal(folder: Path, *, step: int, identity: Mapping[str, str]) -> None:
             os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
     manifest = {"format": 1, "step": step, "identity": dict(identity), "files": files}
-    write_atomic(folder / MANIFEST, to_json(manifest, indent=2) + "\n")
+    write_atomic(folder / MANIFEST, _signed(manifest))
     sync_folder(folder)
+
+
+def _signed(manifest: dict[str, Any]) -> str:
+    """Return the manifest's text with the hash of itself, so that damage to it is seen, too."""
+    digest = hashlib.sha256(to_json(manifest).encode()).hexdigest()
+    return to_json(manifest | {"sha256": digest}, indent=2) + "\n"
 
 
 def sync_folder(folder: Path) -> None:
@@ -93,8 +100,11 @@ def sync_folder(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None if every file matches the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(content)
     except (OSError, ValueError):
+        return MANIFEST
+    if content != _signed({key: value for key, value in manifest.items() if key != "sha256"}):
         return MANIFEST
     for name, expected in manifest["files"].items():
         path = folder / name

@@ -70,7 +70,11 @@ def given(values: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     """Run the command line and leave the process with its exit code."""
     # Our own lines say what is loaded; bars and notices of the libraries would only cover them. Errors come through.
-    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
+    ):
         os.environ.setdefault(name, value)
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore", FutureWarning)

@@ -72,7 +72,8 @@ def stream(model: Any, renderer: Renderer, messages: Sequence[Message], sampling
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(work)
         try:
-            yield from _without_empty_thinking(streamer)
+            # A generator, since a streamer that has ended waits for ever when it is asked again.
+            yield from _without_empty_thinking(piece for piece in streamer)
             future.result()
         finally:
             is_closed.set()

@@ -30,10 +30,9 @@ def fetch(name: str, *, revision: str, hub: str) -> Path:
 def _from_huggingface(name: str, revision: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from tqdm.auto import tqdm
 
     # The program turns the library's own bars off; a download of gigabytes keeps one.
-    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": tqdm}
+    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": _bar()}
     online = not constants.HF_HUB_OFFLINE and can_connect(constants.ENDPOINT)
     try:
         return Path(snapshot_download(name, local_files_only=not online, **arguments))
@@ -41,6 +40,17 @@ def _from_huggingface(name: str, revision: str) -> Path:
         raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=constants.ENDPOINT) from None
     except HfHubHTTPError as error:
         raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error).splitlines()[0]) from None
+
+
+def _bar() -> Any:
+    """Return a progress bar that shows although the program turns the libraries' own bars off."""
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": None})
+
+    return Bar
 
 
 def _from_modelscope(name: str, revision: str) -> Path:

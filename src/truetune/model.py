@@ -30,6 +30,11 @@ class Base:
     folder: Path
     fingerprint: str
 
+    @property
+    def title(self) -> str:
+        """The name to show: the last part of a path, a hub id as it is."""
+        return Path(self.name).name if _looks_like_path(self.name) else self.name
+
 
 def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") -> Base:
     """Return the base called `name`; a hub id is downloaded, a path never touches the network.
@@ -168,6 +173,7 @@ def load_base(base: Base, dtype: str) -> Any:
     Raises: UserError if the weights do not fit the configuration, MachineError if memory runs out.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -176,7 +182,7 @@ def load_base(base: Base, dtype: str) -> Any:
         )
     except MemoryError:
         raise MachineError("out_of_memory", where=base.name, fix="out_of_memory") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError("model_broken", where=base.name, fix="model_broken", problem=error) from None
     missing = sorted(loading["missing_keys"])
     if missing:

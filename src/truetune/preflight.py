@@ -36,7 +36,7 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
         raise UserError("no_model", where="--model", fix="no_model")
     base = find_base(config.model, revision=config.revision, hub=config.hub)
     if not base.folder.exists():
-        with console.status("status.convert", name=base.name):
+        with console.status("status.convert", name=base.title):
             prepare_base(base)
     with console.status("status.read"):
         renderer = build_renderer(

@@ -43,7 +43,7 @@ def command(lang: str) -> click.Command:
 
         console = Console(lang)
         settings = demo_settings(model, output_dir)
-        console.say("demo.intro", model=settings.config.model)
+        console.say("demo.intro", model=Path(str(settings.config.model)).name)
         result = train(settings, console)
         compare(result.path, console)
         before, after = result.eval_loss_before or 0.0, result.eval_loss_after or 0.0

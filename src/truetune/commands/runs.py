@@ -41,7 +41,7 @@ def _row(run: RunDir) -> list[str]:
     return [
         str(run.path),
         ", ".join(Path(name).name for name in info["data"]),
-        str(info["model"]),
+        Path(str(info["model"])).name,
         f"{result.steps}/{info['steps']}",
         f"{result.loss:.3f}" if result.loss is not None else "-",
         " → ".join(f"{loss:.3f}" for loss in losses) or "-",

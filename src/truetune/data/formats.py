@@ -39,9 +39,12 @@ def recognise(row: RawRow) -> str:
     Raises: RowError listing the keys found, and the nearest known key.
     """
     keys = set(row.value)
-    for name, known in FORMATS.items():
-        if known.needs <= keys:
-            return name
+    found = next((name for name, known in FORMATS.items() if known.needs <= keys), None)
+    return found or _refuse_shape(row)
+
+
+def _refuse_shape(row: RawRow) -> NoReturn:
+    keys = set(row.value)
     needed = sorted({key for known in FORMATS.values() for key in known.needs})
     missing = _nearest_missing(keys)
     if missing:

@@ -254,7 +254,7 @@ TEXTS = {
     "fix.model_missing": "检查路径；hub 名称形如 Qwen/Qwen3-4B-Instruct-2507。",
     "error.model_no_config": "文件夹里没有 config.json",
     "fix.model_no_config": "给出 Hugging Face 模型的文件夹；训练结果或适配器请用 truetune chat。",
-    "error.model_pickle": "只有 pickle 权重（{file}），它可能执行代码",
+    "error.model_pickle": "只有可能执行代码的旧式权重（{file}）",
     "fix.model_pickle": "请先转换为 safetensors。",
     "error.model_no_weights": "文件夹里没有 .safetensors 文件",
     "fix.model_no_weights": "重新下载模型，包括权重。",

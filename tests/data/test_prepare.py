@@ -1,0 +1,488 @@
+"""From files to what is trained: every row is accounted for, and the report's numbers are those of a second count."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from truetune.config import Config
+from truetune.data.prepare import (
+    MAX_HELD_OUT,
+    MIN_HELD_OUT,
+    MIN_ROWS_TO_HOLD_OUT,
+    Prepared,
+    hash_files,
+    num_steps,
+    prepare,
+    read_pairs,
+    split,
+    write_rows,
+)
+from truetune.data.template import Renderer, build_renderer
+from truetune.errors import UserError
+from truetune.messages import text
+from truetune.records import Pair, Row
+
+STOP = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def renderer(qwen_tokenizer: Any) -> Renderer:
+    """The renderer of the real Qwen3 tokenizer."""
+    return build_renderer(qwen_tokenizer, [151645, 151643])
+
+
+def _rows(prompts: Sequence[int]) -> list[Row]:
+    """One row for each number, with that number as its prompt."""
+    return [
+        Row(index, f"rows.json:{index + 1}", (Pair((7, prompt), (index, 9)),)) for index, prompt in enumerate(prompts)
+    ]
+
+
+def _turns(*contents: str, **last: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    turns: list[dict[str, Any]] = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+    turns[-1] |= last
+    return {"messages": turns}
+
+
+# --- the real data ---
+
+
+@pytest.mark.slow
+def test_huanhuan(shared: Path, renderer: Renderer) -> None:
+    path = shared / "data" / "huanhuan.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    config = Config(data=[str(path)], per_device_train_batch_size=16, gradient_accumulation_steps=2)
+    off = build_renderer(renderer.tokenizer, [151645, 151643], template_kwargs={"enable_thinking": False})
+    prepared, without = prepare(config, renderer), prepare(config, off)
+    for report in (prepared.report, without.report):
+        assert (report.rows_read, report.rows_used, report.rows_refused, report.pairs) == (3729, 3729, 0, 3729)
+        assert report.exact_duplicates == 112 == len(rows) - len({json.dumps(row) for row in rows})
+        assert report.rows_held_out == len(prepared.held_out) == 186
+        assert report.trie_tokens < report.total_tokens
+    assert prepared.report.learned_tokens == 96280
+    assert without.report.learned_tokens == 81364
+    assert 96280 - 81364 == 3729 * 4
+    assert prepared.report.learned_template_tokens - without.report.learned_template_tokens == 3729 * 4
+    assert without.report.learned_template_tokens == 3729
+    answers = renderer.tokenizer([row["output"] for row in rows], add_special_tokens=False)["input_ids"]
+    assert without.report.learned_tokens == sum(map(len, answers)) + 3729
+    # The empty think block stands in the prompt instead of in the answer.
+    assert prepared.report.total_tokens == without.report.total_tokens
+    assert prepared.data_hash == without.data_hash
+    read = sorted([*prepared.train, *prepared.held_out], key=lambda row: row.index)
+    assert [row.answer for row in read] == [row["output"] for row in rows]
+    assert len({row.where for row in read}) == 3729
+    assert prepared.report.steps == num_steps(config, 3729 - 186) == 333
+
+
+# --- the report ---
+
+MIXED: list[Any] = [
+    {"instruction": "Hi", "output": "Hello."},
+    {"instruction": "Hi", "output": "Hello.", "input": ""},
+    {"instruction": "Hi", "output": "Good day.", "id": 3},
+    {"instruction": "Hi"},
+    _turns("Hi", "Hello.", "Bye", "So long."),
+    _turns("Hi", "Hello.", "Bye", "So long.") | {"id": 6, "label": "x"},
+    17,
+    {"instruction": "Count", "output": "one two three four " * 30},
+    {"instruction": "你好", "output": "</think>"},
+    {"system": "Be brief.", "instruction": "Hi", "output": "Yo.", "label": "y"},
+    {"system": "Be brief.", "instruction": "Hi, you", "output": "Yo."},
+    _turns("Hi", "Hello.", train=False),
+]
+REFUSED = {
+    3: "row_missing_key",
+    6: "row_not_object",
+    7: "row_too_long",
+    8: "template_loses_text",
+    11: "row_nothing_learned",
+}
+
+# What the braces of these texts are filled with.
+NAMES = ("name", "found", "kind", "length", "prompt", "answer", "max_length", "rest")
+
+
+def _line(number: int, value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n" * (1 + number % 2)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A file of good and bad rows, a blank line behind every second."""
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(_line(number, value) for number, value in enumerate(MIXED)), encoding="utf-8")
+    return path
+
+
+def _prepare(path: Path, renderer: Renderer, *, lang: str = "en", **config: Any) -> Prepared:
+    return prepare(Config(data=[str(path)], max_length=60, **config), renderer, lang=lang)
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_rows_add_up(lang: str, mixed: Path, renderer: Renderer) -> None:
+    prepared = _prepare(mixed, renderer, lang=lang)
+    report = prepared.report
+    assert (report.rows_read, report.rows_used, report.rows_refused) == (12, 7, 5)
+    assert report.rows_read == report.rows_used + report.rows_refused == len(MIXED)
+    used = [*prepared.train, *prepared.held_out]
+    assert [row.index for row in used] == [number for number in range(len(MIXED)) if number not in REFUSED]
+    lines = {number: 1 + number + number // 2 for number in range(len(MIXED))}
+    assert [row.where for row in used] == [f"{mixed}:{lines[row.index]}" for row in used]
+    assert [refusal.where for refusal in report.refused] == [f"{mixed}:{lines[number]}" for number in REFUSED]
+    for refusal, key in zip(report.refused, REFUSED.values(), strict=True):
+        shape = text(f"error.{key}", lang, **dict.fromkeys(NAMES, "\0"))
+        assert re.fullmatch(re.escape(shape).replace(re.escape("\0"), ".+"), refusal.reason)
+        assert refusal.fix
+    assert [json.loads(source) for source in mixed.read_text().split("\n") if source] == MIXED
+
+
+def test_refusals_are_written_in_the_language(mixed: Path, renderer: Renderer) -> None:
+    english, chinese = (_prepare(mixed, renderer, lang=lang).report for lang in ("en", "zh"))
+    assert english.refused[0].reason == 'the key "output" is missing (found: instruction)'
+    assert english.refused[0].fix == 'Add "output" to this row.'
+    assert chinese.refused[0].reason == text("error.row_missing_key", "zh", name="output", found="instruction")
+    assert [refusal.where for refusal in english.refused] == [refusal.where for refusal in chinese.refused]
+
+
+def test_tokens_are_those_of_the_pairs(mixed: Path, renderer: Renderer) -> None:
+    prepared = _prepare(mixed, renderer)
+    report = prepared.report
+    pairs = [pair for row in prepared.train for pair in row.pairs]
+    tokenizer = renderer.tokenizer
+    assert report.pairs == len(pairs) == 9
+    assert report.learned_tokens == sum(len(pair.answer_ids) for pair in pairs)
+    assert report.learned_template_tokens == 5 * 9
+    assert report.total_tokens == sum(len(pair.prompt_ids) + len(pair.answer_ids) for pair in pairs)
+    assert [row.num_tokens for row in prepared.train] == [sum(map(len, row.pairs)) for row in prepared.train]
+    assert sum(row.num_tokens for row in prepared.train) == report.total_tokens
+    assert sum(row.num_learned_tokens for row in prepared.train) == report.learned_tokens
+    lengths = sorted(map(len, pairs))
+    assert report.longest == lengths[-1]
+    assert report.quantiles == {f"p{q}": lengths[math.ceil(q / 100 * (len(lengths) - 1))] for q in (50, 90, 99)}
+    learned = [tokenizer.decode(pair.answer_ids) for pair in pairs]
+    assert learned[:3] == [f"<think>\n\n</think>\n\n{answer}{STOP}" for answer in ("Hello.", "Hello.", "Good day.")]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 10, 11, 31])
+def test_quantiles_are_lengths_that_occur(num_rows: int, write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json([{"instruction": "a", "output": "x " * number} for number in range(num_rows, 0, -1)])
+    prepared = prepare(Config(data=[str(path)]), renderer)
+    lengths = sorted(len(pair) for row in prepared.train for pair in row.pairs)
+    assert len(set(lengths)) == num_rows
+    for quantile in (50, 90, 99):
+        length = prepared.report.quantiles[f"p{quantile}"]
+        # The shortest length that at most the rest of the other rows exceeds.
+        num_longer = sum(other > length for other in lengths)
+        assert num_longer == (num_rows - 1) * (100 - quantile) // 100
+    assert prepared.report.longest == lengths[-1]
+
+
+def test_last_turn_only(mixed: Path, renderer: Renderer) -> None:
+    everything, last = (_prepare(mixed, renderer, train_on=train_on) for train_on in ("all_turns", "last_turn"))
+    assert (everything.report.pairs, last.report.pairs) == (9, 7)
+    assert [row.pairs for row in last.train] == [row.pairs[-1:] for row in everything.train]
+
+
+def test_prompt_and_answer_of_a_row(mixed: Path, renderer: Renderer) -> None:
+    """What is kept to be asked again renders to the prompt that is trained."""
+    rows = _prepare(mixed, renderer).train
+    assert [row.answer for row in rows] == ["Hello.", "Hello.", "Good day.", "So long.", "So long.", "Yo.", "Yo."]
+    assert [tuple(renderer.prompt_ids(row.prompt)) for row in rows] == [row.pairs[-1].prompt_ids for row in rows]
+
+
+def test_exact_duplicates(mixed: Path, renderer: Renderer) -> None:
+    prepared = _prepare(mixed, renderer)
+    assert prepared.report.exact_duplicates == len(prepared.train) - len({row.pairs for row in prepared.train}) == 2
+    assert text("diagnosis.duplicates", count=2) in prepared.report.diagnosis
+
+
+def test_notes_for_ignored_keys(mixed: Path, renderer: Renderer) -> None:
+    notes = _prepare(mixed, renderer).report.notes
+    counts = {key: sum(key in value for value in MIXED if isinstance(value, dict)) for key in ("id", "label")}
+    assert counts == {"id": 2, "label": 2}
+    assert sorted(notes) == sorted(text("note.ignored_key", name=name, count=count) for name, count in counts.items())
+
+
+def test_note_for_a_template_without_stop_token(
+    mixed: Path, renderer: Renderer, small_tokenizer: Callable[..., Any]
+) -> None:
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    tokenizer = small_tokenizer(template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    note = text("note.appends_stop")
+    assert note in _prepare(mixed, build_renderer(tokenizer, [])).report.notes
+    assert note not in _prepare(mixed, renderer).report.notes
+
+
+def _num_prefixes(rows: Sequence[Row], batch_size: int) -> int:
+    """Distinct prefixes of each batch, by writing out every one."""
+    total = 0
+    for start in range(0, len(rows), batch_size):
+        sequences = [
+            pair.prompt_ids + pair.answer_ids for row in rows[start : start + batch_size] for pair in row.pairs
+        ]
+        total += len({ids[:length] for ids in sequences for length in range(1, len(ids) + 1)})
+    return total
+
+
+def test_trie_tokens(mixed: Path, renderer: Renderer) -> None:
+    counted = {}
+    for batch_size in (1, 2, 3, 5, 7, 16):
+        prepared = _prepare(mixed, renderer, batch_size=batch_size)
+        counted[batch_size] = prepared.report.trie_tokens
+        assert prepared.report.trie_tokens == _num_prefixes(prepared.train, batch_size)
+        assert prepared.report.trie_tokens < prepared.report.total_tokens
+    assert len(set(counted.values())) >= 4
+    assert max(counted.values()) == counted[1]
+    assert min(counted.values()) == counted[7] == counted[16]
+
+
+def test_trie_tokens_of_rows_held_out(
+    rows: list[dict[str, str]], write_json: Callable[..., Path], renderer: Renderer
+) -> None:
+    prepared = prepare(Config(data=[str(write_json(rows))]), renderer)
+    assert (len(prepared.train), len(prepared.held_out)) == (32, 8)
+    assert prepared.report.trie_tokens == _num_prefixes([*prepared.train, *prepared.held_out], 16)
+
+
+def test_nothing_usable(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    report = _prepare(write_json([{"a": 1}, {"b": 2}]), renderer).report
+    assert (report.rows_read, report.rows_used, report.rows_refused) == (2, 0, 2)
+    assert (report.pairs, report.total_tokens, report.trie_tokens, report.longest, report.steps) == (0, 0, 0, 0, 0)
+
+
+def test_file_that_cannot_be_read(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json('[{"instruction": "a", "output": "b"},\n]')
+    with pytest.raises(UserError) as caught:
+        _prepare(path, renderer)
+    assert (caught.value.key, caught.value.where) == ("data_not_json", f"{path}:2:1")
+
+
+def test_eval_data_is_held_out_whole(
+    rows: list[dict[str, str]], write_json: Callable[..., Path], renderer: Renderer
+) -> None:
+    train, held_out = write_json(rows, "train.json"), write_json([*rows[:3], {"x": 1}], "held_out.json")
+    prepared = prepare(Config(data=[str(train)], eval_data=[str(held_out)]), renderer)
+    assert (len(prepared.train), len(prepared.held_out)) == (40, 3)
+    assert {row.where.rpartition(":")[0] for row in prepared.train} == {str(train)}
+    assert {row.where.rpartition(":")[0] for row in prepared.held_out} == {str(held_out)}
+    report = prepared.report
+    assert (report.rows_read, report.rows_used, report.rows_refused, report.rows_held_out) == (44, 43, 1, 3)
+    assert report.steps == num_steps(Config(), 40)
+    assert prepared.data_hash == hash_files([train, held_out])
+
+
+def test_several_files_are_one_data_set(
+    rows: list[dict[str, str]], write_json: Callable[..., Path], renderer: Renderer
+) -> None:
+    whole = write_json(rows, "whole.json")
+    parts = [write_json(rows[:15], "part1.json"), write_json(rows[15:], "part2.json")]
+    one, two = (prepare(Config(data=[str(file) for file in files]), renderer) for files in ([whole], parts))
+    assert [(row.index, row.pairs) for row in one.train] == [(row.index, row.pairs) for row in two.train]
+    assert [(row.index, row.pairs) for row in one.held_out] == [(row.index, row.pairs) for row in two.held_out]
+    assert one.report == two.report
+
+
+def test_config_reaches_the_rows(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json([{"instruction": "a", "input": "b", "output": "c"}])
+    prompts = [
+        renderer.tokenizer.decode(_prepare(path, renderer, input_join=join).train[0].pairs[0].prompt_ids)
+        for join in ("\n", " and ")
+    ]
+    assert prompts == [f"<|im_start|>user\n{text}{STOP}\n<|im_start|>assistant\n" for text in ("a\nb", "a and b")]
+    limit = len(_prepare(path, renderer).train[0].pairs[0])
+    used = [
+        prepare(Config(data=[str(path)], max_length=max_length), renderer).report.rows_used
+        for max_length in (limit - 1, limit)
+    ]
+    assert used == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({}, {"few_steps"}),
+        ({"num_train_epochs": 15}, set()),
+        ({"num_train_epochs": 14}, {"few_steps"}),
+        ({"num_train_epochs": 15, "learning_rate": 2e-5}, set()),
+        ({"num_train_epochs": 15, "learning_rate": 1e-5}, {"learning_rate"}),
+        ({"num_train_epochs": 15, "learning_rate": 0.01}, {"learning_rate"}),
+        ({"num_train_epochs": 15, "eval_split": 0}, {"no_held_out"}),
+        ({"max_steps": 5, "eval_split": 0}, {"few_steps", "no_held_out"}),
+    ],
+)
+def test_diagnosis(
+    config: dict[str, Any],
+    found: set[str],
+    rows: list[dict[str, str]],
+    write_json: Callable[..., Path],
+    renderer: Renderer,
+) -> None:
+    report = prepare(Config(data=[str(write_json(rows))], **config), renderer).report
+    values = {"steps": report.steps, "rate": Config(**config).learning_rate, "count": 0}
+    keys = ("few_steps", "learning_rate", "duplicates", "no_held_out")
+    assert {key for key in keys if text(f"diagnosis.{key}", **values) in report.diagnosis} == found
+    assert len(report.diagnosis) == len(found)
+
+
+# --- what is held out ---
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "fraction", "num_held_out"),
+    [
+        (0, 0.05, 0),
+        (8, 0.5, 0),
+        (31, 0.05, 0),
+        (31, 0.9, 0),
+        (32, 0.05, 8),
+        (32, 0.001, 8),
+        (100, 0.05, 8),
+        (160, 0.05, 8),
+        (200, 0.05, 10),
+        (1000, 0.05, 50),
+        (1000, 0, 0),
+        (3729, 0.05, 186),
+        (9999, 0.05, 500),
+        (12000, 0.05, 500),
+        (12000, 0.001, 12),
+    ],
+)
+def test_how_many_are_held_out(num_rows: int, fraction: float, num_held_out: int) -> None:
+    train, held_out = split(_rows(range(num_rows)), fraction=fraction, seed=42)
+    assert (len(train), len(held_out)) == (num_rows - num_held_out, num_held_out)
+    assert not held_out or MIN_HELD_OUT <= len(held_out) <= MAX_HELD_OUT
+    assert not held_out or num_rows >= MIN_ROWS_TO_HOLD_OUT
+
+
+@settings(max_examples=30, deadline=None)
+@given(prompts=st.lists(st.integers(0, 30), min_size=32, max_size=120), seed=st.integers(0, 2**32))
+def test_split_keeps_same_prompts_together(prompts: list[int], seed: int) -> None:
+    rows = _rows(prompts)
+    train, held_out = split(rows, fraction=0.1, seed=seed)
+    assert {row.pairs[0].prompt_ids for row in train}.isdisjoint(row.pairs[0].prompt_ids for row in held_out)
+    assert sorted([*train, *held_out], key=lambda row: row.index) == rows
+    for side in (train, held_out):
+        assert [row.index for row in side] == sorted(row.index for row in side)
+    assert len(held_out) <= max(round(0.1 * len(rows)), MIN_HELD_OUT)
+
+
+def test_split_holds_out_whole_groups_to_the_wanted_number() -> None:
+    rows = _rows([number // 2 for number in range(200)])
+    _, held_out = split(rows, fraction=0.1, seed=1)
+    assert len(held_out) == 20
+    assert len({row.pairs[0].prompt_ids for row in held_out}) == 10
+
+
+def test_split_is_a_function_of_the_seed() -> None:
+    rows = _rows(range(200))
+    chosen = [tuple(row.index for row in split(rows, fraction=0.05, seed=seed)[1]) for seed in (*range(20), *range(20))]
+    assert chosen[:20] == chosen[20:]
+    assert len(set(chosen)) == 20
+    # Ten of 200 rows, twenty times: every row has the same chance, so no place in the file is spared.
+    assert {index // 50 for indices in chosen for index in indices} == {0, 1, 2, 3}
+
+
+def test_split_by_config(rows: list[dict[str, str]], write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = str(write_json(rows))
+    first, again, other, none = (
+        prepare(Config(data=[path], **config), renderer)
+        for config in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"eval_split": 0})
+    )
+    assert first == again
+    assert first.held_out != other.held_out
+    assert (len(first.held_out), len(none.held_out), len(none.train)) == (8, 0, 40)
+    assert first.report.rows_held_out == 8
+    assert sorted([*first.train, *first.held_out], key=lambda row: row.index) == none.train
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "config", "steps"),
+    [
+        (3729, {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, 351),
+        (3729, {"batch_size": 32}, 351),
+        (3729, {}, 702),
+        (3729, {"per_device_train_batch_size": 4}, 2799),
+        (3729, {"gradient_accumulation_steps": 8}, 1401),
+        (3729, {"batch_size": 32, "max_steps": 100}, 100),
+        (3729, {"batch_size": 32, "max_steps": 351}, 351),
+        (3729, {"batch_size": 32, "max_steps": 1000}, 351),
+        (32, {"num_train_epochs": 1}, 2),
+        (33, {"num_train_epochs": 1}, 3),
+        (1, {"num_train_epochs": 1}, 1),
+        (160, {"num_train_epochs": 0.5}, 5),
+        (160, {"num_train_epochs": 0.51}, 6),
+        (1, {"num_train_epochs": 0.01}, 1),
+        (0, {}, 0),
+        (0, {"max_steps": 5}, 0),
+    ],
+)
+def test_num_steps(num_rows: int, config: dict[str, Any], steps: int) -> None:
+    assert num_steps(Config(**config), num_rows) == steps
+
+
+def test_num_steps_counts_the_batches_of_an_epoch() -> None:
+    num_compared = 0
+    for num_rows in range(1, 40):
+        for batch_size in (1, 3, 16):
+            for epochs in (1, 2, 5):
+                batches = [start for _ in range(epochs) for start in range(0, num_rows, batch_size)]
+                assert num_steps(Config(batch_size=batch_size, num_train_epochs=epochs), num_rows) == len(batches)
+                num_compared += 1
+    assert num_compared == 39 * 9
+
+
+# --- files ---
+
+
+def test_write_and_read_pairs(mixed: Path, renderer: Renderer, tmp_path: Path) -> None:
+    rows = [*_prepare(mixed, renderer).train, Row(99, "其他.json:1", (Pair((), (2**31 - 1,), 0),))]
+    write_rows(tmp_path / "rows.arrow", rows)
+    read = read_pairs(tmp_path / "rows.arrow")
+    assert read == [(row.index, pair) for row in rows for pair in row.pairs]
+    assert len(read) == 10
+
+
+def test_write_no_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.arrow", [])
+    assert read_pairs(tmp_path / "rows.arrow") == []
+
+
+def test_hash_files(tmp_path: Path) -> None:
+    first, second, copy = (tmp_path / name for name in ("first", "second", "copy"))
+    first.write_bytes(b"one two")
+    second.write_bytes(b"three")
+    copy.write_bytes(b"one two")
+    assert hash_files([first]) == hash_files([copy])
+    hashes = [hash_files(files) for files in ([], [first], [second], [first, second], [second, first], [first, first])]
+    first.write_bytes(b"one twp")
+    hashes += [hash_files([first]), hash_files([first, second])]
+    # The same bytes, cut in another place.
+    first.write_bytes(b"one twot")
+    second.write_bytes(b"hree")
+    hashes.append(hash_files([first, second]))
+    assert len(set(hashes)) == len(hashes) == 9
+
+
+def test_data_hash_follows_the_file(mixed: Path, renderer: Renderer) -> None:
+    before = _prepare(mixed, renderer)
+    content = mixed.read_bytes()
+    mixed.write_bytes(content + b"\n")
+    after = _prepare(mixed, renderer)
+    mixed.write_bytes(content)
+    assert before.train == after.train
+    assert before.data_hash != after.data_hash
+    assert before.data_hash == _prepare(mixed, renderer).data_hash == hash_files([mixed])

@@ -1,0 +1,129 @@
+"""Settings become numbers: steps, optimizer, schedule, what "auto" chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from truetune.assembly import Assembly, assemble, identity_of
+from truetune.config import load_yaml, resolve
+from truetune.console import Console
+from truetune.preflight import preflight
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def build(data: Path, model: Path, **keys: Any) -> Assembly:
+    """The assembly of a run."""
+    settings = resolve({"data": [str(data)], "model": str(model), **keys})
+    console = Console(quiet=True)
+    return assemble(settings, preflight(settings.config, console), data.parent / "out", console)
+
+
+def test_learning_rate_follows_the_formula(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
+) -> None:
+    """Linear, no warm-up: the first step has the full rate, the last one 1/n of it (E8)."""
+    assembly = build(
+        write_json(rows), tiny_qwen, lr_scheduler_type="linear", warmup_ratio=0, batch_size=8, eval_split=0
+    )
+    rates = []
+    for _ in range(15):
+        rates.append(assembly.state.scheduler.get_last_lr()[0])
+        assembly.state.optimizer.step()
+        assembly.state.scheduler.step()
+    assert assembly.loop.plan.num_steps == 15
+    assert rates == pytest.approx([2e-4 * (1 - step / 15) for step in range(15)], rel=1e-12)
+
+
+def test_only_lora_is_optimised_in_fp32(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
+) -> None:
+    """The optimizer holds the adapter's weights and nothing else; its moments are fp32 on a bf16 base (E8)."""
+    assembly = build(write_json(rows), tiny_qwen, dtype="bfloat16", weight_decay=0.1)
+    optimizer = assembly.state.optimizer
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    named = dict(assembly.loop.model.named_parameters())
+    assert held == {id(p) for name, p in named.items() if "lora_" in name}
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_every_auto_is_chosen_and_named(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
+) -> None:
+    """No "auto" is left in the settings that are written down, and each choice says where it came from."""
+    assembly = build(write_json(rows), tiny_qwen)
+    values = assembly.settings.config.model_dump()
+    autos = ("dtype", "gradient_checkpointing", "max_tokens_per_forward", "eval_steps", "save_steps")
+    assert [assembly.settings.origins[key] for key in autos] == ["auto"] * 5
+    assert "auto" not in [values[key] for key in autos]
+
+
+def test_checkpointing_changes_no_gradient(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
+) -> None:
+    """On and off, the first steps have the same losses and norms, and every LoRA weight gets a gradient (E7)."""
+    figures = {}
+    for is_on in (True, False):
+        assembly = build(write_json(rows), tiny_qwen, gradient_checkpointing=is_on, lora_dropout=0.1, max_steps=3)
+        data = preflight(assembly.settings.config, Console(quiet=True)).prepared.train
+        events = list(assembly.loop.run(data))
+        figures[is_on] = [(event["loss"], event["grad_norm"]) for event in events]
+        assert all(p.grad is None for p in assembly.loop.model.parameters())
+    assert len(figures[True]) == 3
+    for one, other in zip(figures[True], figures[False], strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_identity_changes_with_what_is_computed(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
+) -> None:
+    """A key that changes the result changes the identity; one that only logs does not."""
+    path = write_json(rows)
+
+    def identity(**keys: Any) -> dict[str, str]:
+        config = resolve({"data": [str(path)], "model": str(tiny_qwen), **keys}).config
+        return identity_of(config, preflight(config, Console(quiet=True)))
+
+    base = identity()
+    assert identity(logging_steps=7, output_dir="elsewhere") == base
+    for key, value in (("learning_rate", 1e-3), ("seed", 1), ("batch_size", 2), ("lora_dropout", 0.2)):
+        assert identity(**{key: value})["config"] != base["config"], key
+
+
+def test_huanhuan_recipe_is_the_notebooks(shared: Path, tiny_qwen: Path) -> None:
+    """Value for value, and 351 steps on the real rows."""
+    values, _ = load_yaml(EXAMPLES / "huanhuan.yaml")
+    assert values == {
+        "model": "Qwen/Qwen3-4B-Instruct-2507",
+        "system": "现在你要扮演皇帝身边的女人--甄嬛",
+        "input_join": "",
+        "max_length": 1024,
+        "lora_r": 8,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.0,
+        "dtype": "bfloat16",
+        "eval_split": 0.0,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "report_to": ["swanlab"],
+        "tracker_project": "Qwen3-4B-lora",
+    }
+    flags = {"data": [str(shared / "data" / "huanhuan.json")], "model": str(tiny_qwen)}
+    config = resolve(flags, EXAMPLES / "huanhuan.yaml").config
+    assert preflight(config, Console(quiet=True)).prepared.report.steps == 351

@@ -1,0 +1,153 @@
+"""Probes: what was written beside an adapter is what its use must render."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from truetune import identity
+from truetune.data.template import Renderer, build_renderer
+from truetune.errors import UserError
+
+PROMPTS = [
+    [{"role": "user", "content": "What is the name of the boat?"}],
+    [{"role": "system", "content": "Be short."}, {"role": "user", "content": "船叫什么名字？"}],
+]
+BASE = {"name": "org/name", "fingerprint": "f00"}
+
+
+@pytest.fixture(scope="module")
+def renderer(qwen_tokenizer: Any) -> Renderer:
+    return build_renderer(qwen_tokenizer, [151645], system="你是守塔人。", date="2026-01-02")
+
+
+def write(folder: Path, renderer: Renderer, prompts: list[list[dict[str, str]]] = PROMPTS) -> dict[str, Any]:
+    identity.write(folder, renderer, prompts, BASE)
+    values = identity.read(folder)
+    assert values is not None
+    return values
+
+
+def test_what_is_written_is_read(renderer: Renderer, tmp_path: Path) -> None:
+    values = write(tmp_path, renderer)
+    assert [path.name for path in tmp_path.iterdir()] == ["truetune.json"]
+    assert values["base"] == BASE
+    assert values["system"] == "你是守塔人。"
+    assert values["chat_template_kwargs"] == {}
+    assert values["template_sha256"] == renderer.template_hash
+    assert values["stop_ids"] == sorted(renderer.stop_ids)
+    # Qwen3's template reads no clock.
+    assert values["date"] is None
+    assert "你是守塔人。" in (tmp_path / identity.FILE).read_text(encoding="utf-8")
+
+
+def test_probes_hold_messages_and_their_exact_prompt(renderer: Renderer, tmp_path: Path) -> None:
+    probes = write(tmp_path, renderer)["probes"]
+    assert [probe["messages"] for probe in probes] == [*identity.FIXED_PROBES, *PROMPTS]
+    for probe in probes:
+        assert probe["prompt_ids"] == renderer.prompt_ids(probe["messages"])
+    first = renderer.tokenizer.decode(probes[0]["prompt_ids"])
+    assert first.startswith("<|im_start|>system\n你是守塔人。<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n")
+    assert first.endswith("<|im_start|>assistant\n")
+
+
+def test_control_tokens_in_a_probe_stay_text(renderer: Renderer, tmp_path: Path) -> None:
+    probe = write(tmp_path, renderer)["probes"][2]
+    im_start = renderer.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    # System, three turns, and the prompt for the answer: none comes from the user's own text.
+    assert probe["prompt_ids"].count(im_start) == 5
+
+
+def test_a_number_of_probes_at_most(renderer: Renderer, tmp_path: Path) -> None:
+    assert len(write(tmp_path, renderer, PROMPTS * 9)["probes"]) == identity.NUM_PROBES == 8
+    assert len(write(tmp_path, renderer, [])["probes"]) == len(identity.FIXED_PROBES) == 3
+
+
+@pytest.mark.parametrize("num_prompts", [0, 1, 2])
+def test_check_counts_what_agrees(num_prompts: int, renderer: Renderer, tmp_path: Path) -> None:
+    values = write(tmp_path, renderer, PROMPTS[:num_prompts])
+    assert identity.check(tmp_path, renderer, values["probes"]) == 3 + num_prompts
+
+
+def test_check_of_nothing(renderer: Renderer, tmp_path: Path) -> None:
+    assert identity.check(tmp_path, renderer, []) == 0
+
+
+def changed(renderer: Renderer, how: str) -> Renderer:
+    template = renderer.chat_template
+    marker = "<|im_start|>assistant\\n"
+    assert marker in template
+    kinds = {
+        "template": lambda: replace(renderer, chat_template=template.replace(marker, "<|im_start|>assistant\\n\\n")),
+        "system": lambda: replace(renderer, system="你是船长。"),
+        "no system": lambda: replace(renderer, system=None),
+        "kwargs": lambda: replace(renderer, template_kwargs={"enable_thinking": False}),
+    }
+    return kinds[how]()
+
+
+@pytest.mark.parametrize("how", ["template", "system", "no system", "kwargs"])
+def test_a_change_is_an_error(how: str, renderer: Renderer, tmp_path: Path) -> None:
+    values = write(tmp_path, renderer)
+    with pytest.raises(UserError) as caught:
+        identity.check(tmp_path, changed(renderer, how), values["probes"])
+    error = caught.value
+    assert (error.key, error.where) == ("probe_differs", str(tmp_path / "truetune.json"))
+    assert error.values["number"] == 1
+
+
+def test_an_error_names_probe_and_token(renderer: Renderer, tmp_path: Path) -> None:
+    probes = write(tmp_path, renderer)["probes"]
+    probes[3]["prompt_ids"][7] += 1
+    with pytest.raises(UserError) as caught:
+        identity.check(tmp_path, renderer, probes)
+    assert caught.value.values == {"number": 4, "at": 7}
+
+
+def test_a_prompt_that_goes_on_or_ends_early_is_an_error(renderer: Renderer, tmp_path: Path) -> None:
+    probes = write(tmp_path, renderer)["probes"]
+    ids = probes[0]["prompt_ids"]
+    for trained, at in ((ids[:-1], len(ids) - 1), ([*ids, 3], len(ids))):
+        with pytest.raises(UserError) as caught:
+            identity.check(tmp_path, renderer, [{**probes[0], "prompt_ids": trained}])
+        assert caught.value.values == {"number": 1, "at": at}
+
+
+def test_a_foreign_adapter_has_no_probes(tmp_path: Path) -> None:
+    assert identity.read(tmp_path) is None
+
+
+@dataclass(frozen=True)
+class ClockRenderer:
+    """Renders as a template that writes the date does."""
+
+    date: str
+    system: str | None = None
+    template_hash: str = "0"
+    stop_ids: frozenset[int] = frozenset({3, 1})
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    reads_clock: bool = True
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        return [ord(char) for char in self.date + messages[0]["content"]]
+
+
+def test_the_date_of_a_template_that_writes_it_is_kept(tmp_path: Path) -> None:
+    renderer: Any = ClockRenderer("2026-01-02")
+    values = write(tmp_path, renderer)
+    assert (values["date"], values["stop_ids"]) == ("2026-01-02", [1, 3])
+    assert identity.check(tmp_path, replace(renderer, date=values["date"]), values["probes"]) == 5
+    with pytest.raises(UserError) as caught:
+        identity.check(tmp_path, replace(renderer, date="2026-01-03"), values["probes"])
+    assert caught.value.values == {"number": 1, "at": 9}
+
+
+def test_the_file_is_strict_json(renderer: Renderer, tmp_path: Path) -> None:
+    write(tmp_path, renderer)
+    content = (tmp_path / identity.FILE).read_text(encoding="utf-8")
+    assert content.endswith("}\n")
+    assert json.loads(content)["format"] == 1

@@ -1,0 +1,143 @@
+"""The loop: order, learning rate, accumulation, the guard against numbers that are not finite."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from truetune.errors import NumericsError
+from truetune.loop import Loop, Plan, batches
+from truetune.model import Base, add_lora, load_base
+from truetune.records import Pair, Row
+
+ROWS = [Row(n, f"data.json:{n}", (Pair((5, 6, 7 + n), (*tuple(range(20, 22 + n % 5)), 2)),)) for n in range(10)]
+
+
+def make_loop(folder: Path, *, num_steps: int = 3, max_tokens: int = 1000, dropout: float = 0.0, seed: int = 1) -> Loop:
+    """A loop over the tiny model, LoRA's B away from zero so that every gradient is alive from the first step."""
+    model = load_base(Base(str(folder), folder, ""), "float32")
+    model = add_lora(model, r=4, alpha=8, dropout=dropout, targets=["all-linear"], seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    plan = Plan(num_steps, 4, seed, max_tokens, 0, 1.0, 2, 2)
+    return Loop(model, optimizer, scheduler, plan, lambda loss: loss.backward())
+
+
+def adapter_of(loop: Loop) -> dict[str, torch.Tensor]:
+    """The trainable weights, copied."""
+    return {name: p.detach().clone() for name, p in loop.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 4), (8, 4), (3, 4), (1, 1), (10, 3)])
+def test_each_row_once_an_epoch(num_rows: int, batch_size: int) -> None:
+    """An epoch holds every row once, its last batch is what is left, and epochs differ in order."""
+    per_epoch = math.ceil(num_rows / batch_size)
+    taken = list(itertools.islice(batches(num_rows, batch_size, 3), 2 * per_epoch))
+    epochs = [np.concatenate([rows for _, rows in taken[at : at + per_epoch]]) for at in (0, per_epoch)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * 2
+    assert len(taken[per_epoch - 1][1]) == (num_rows - 1) % batch_size + 1
+    assert taken[per_epoch - 1][0] == 1.0
+    assert num_rows < 8 or list(epochs[0]) != list(epochs[1])
+
+
+def test_order_is_a_function_of_seed_and_step() -> None:
+    """Started at any step, the order goes on as if it had never stopped; another seed gives another order."""
+    whole = [list(rows) for _, rows in itertools.islice(batches(10, 4, 3), 9)]
+    for start in range(9):
+        rest = [list(rows) for _, rows in itertools.islice(batches(10, 4, 3, start=start), 9 - start)]
+        assert rest == whole[start:]
+    assert whole != [list(rows) for _, rows in itertools.islice(batches(10, 4, 4), 9)]
+
+
+def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:
+    """One step event a step, an evaluation before step 1 and at the end, saves where they are due."""
+    saved: list[int] = []
+    losses = iter([3.0, 2.0, 1.0, 0.5])
+    events = list(make_loop(tiny_qwen).run(ROWS, evaluate=lambda: next(losses), save=saved.append))
+    assert [(event["kind"], event["step"]) for event in events] == [
+        *[("eval", 0), ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("eval", 3)]
+    ]
+    assert saved == [2, 3]
+    fields = "step loss learning_rate grad_norm rows pairs learned_tokens trie_tokens seconds memory_bytes"
+    for event in events:
+        if event["kind"] == "step":
+            assert {*fields.split(), "cpu_percent", "gpu_percent", "epoch"} <= set(event)
+        else:
+            assert "loss" not in event
+    assert events[1]["rows"] == 4
+    assert events[4]["rows"] == 2
+
+
+@pytest.mark.parametrize("max_tokens", [1, 12, 30])
+def test_split_into_forwards_does_not_change_the_step(tiny_qwen: Path, max_tokens: int) -> None:
+    """Loss and grad norm are those of one forward (E3): the divisor is the step's learned tokens."""
+    whole, split = make_loop(tiny_qwen), make_loop(tiny_qwen, max_tokens=max_tokens)
+    pairs = list(zip(whole.run(ROWS), split.run(ROWS), strict=True))
+    assert len(pairs) == 3
+    for one, other in pairs:
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_same_seed_same_bits(tiny_qwen: Path) -> None:
+    """Two runs with one seed are bit-equal, dropout on; with another seed they are not (E14)."""
+    runs = {}
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        loop = make_loop(tiny_qwen, dropout=0.3, seed=seed)
+        losses = [event["loss"] for event in loop.run(ROWS)]
+        runs[name] = (losses, adapter_of(loop))
+    assert runs["first"][0] == runs["again"][0] != runs["other"][0]
+    assert all(torch.equal(tensor, runs["again"][1][name]) for name, tensor in runs["first"][1].items())
+
+
+def test_evaluation_does_not_disturb_training(tiny_qwen: Path) -> None:
+    """With dropout on, drawing random numbers in an evaluation changes nothing (E10)."""
+    plain, disturbed = make_loop(tiny_qwen, dropout=0.3), make_loop(tiny_qwen, dropout=0.3)
+    losses = [event["loss"] for event in plain.run(ROWS)]
+    events = disturbed.run(ROWS, evaluate=lambda: float(torch.rand(3).sum()))
+    assert [event["loss"] for event in events if event["kind"] == "step"] == losses
+
+
+def test_every_adapter_weight_moves_and_no_other(tiny_qwen: Path) -> None:
+    """After two steps each A and each B has moved, and no base weight has (E7, E9)."""
+    loop = make_loop(tiny_qwen, num_steps=2)
+    before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
+    list(loop.run(ROWS))
+    moved = {name for name, p in loop.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert len(moved) == 2 * 2 * 7
+
+
+def poison(loop: Loop, rows: Sequence[Row]) -> list[Any]:
+    """Run a loop whose second backward makes a gradient NaN."""
+    calls = itertools.count(1)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        if next(calls) == 2:
+            next(p for p in loop.model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+
+    loop.backward = backward
+    return list(loop.run(rows))
+
+
+def test_nan_stops_before_the_optimizer_moves(tiny_qwen: Path) -> None:
+    """The error names step and rows; the weights are those of the step before."""
+    good, bad = make_loop(tiny_qwen, num_steps=1), make_loop(tiny_qwen)
+    list(good.run(ROWS))
+    with pytest.raises(NumericsError) as caught:
+        poison(bad, ROWS)
+    assert caught.value.exit_code == 4
+    assert caught.value.where == "step 2"
+    assert "data.json:" in caught.value.values["rows"]
+    assert all(torch.equal(tensor, adapter_of(bad)[name]) for name, tensor in adapter_of(good).items())

@@ -1,0 +1,177 @@
+"""The story, through the command line: train, stop, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from truetune.cli import run
+from truetune.rundir import RunDir
+
+KEYS = ["--batch-size", "8", "--lora-dropout", "0.1", "--learning-rate", "1e-2", "--save-steps", "2"]
+
+
+def arguments(data: Path, model: Path, out: Path, *more: str) -> list[str]:
+    """The words of a short run with dropout."""
+    return ["train", str(data), "--model", str(model), "--output-dir", str(out), *KEYS, *more]
+
+
+def step_lines(out: Path) -> list[dict[str, Any]]:
+    """The step events without what the clock, the machine and its load decide."""
+    free = ("seconds", "memory_bytes", "cpu_percent", "gpu_percent")
+    events = [event for event in RunDir(out).read_events() if event["kind"] == "step"]
+    return [{key: value for key, value in event.items() if key not in free} for event in events]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty rows: 32 to train, 8 held out."""
+    path = tmp_path_factory.mktemp("data") / "numbers.json"
+    rows = [{"instruction": f"What is {n} plus {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(40)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 6 steps."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run(arguments(data, tiny_qwen, out, "--max-steps", "6")) == 0
+    return out
+
+
+def test_run_folder_is_the_contract(whole: Path) -> None:
+    """Every file of product.md that this version writes; one step line a step; the losses fall."""
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.yaml", "run.json", "events.jsonl", "steps.jsonl", "data", "checkpoints", "adapter"}
+    steps = step_lines(whole)
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    rows = [json.loads(line) for line in (whole / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in rows] == [1, 2, 3, 4, 5, 6]
+    assert sorted(row for line in rows[:4] for row in line["rows"]) == sorted(
+        set(range(40)) - {row for row, _ in held_out(whole)}
+    )
+    assert len(held_out(whole)) == 8
+    info = RunDir(whole).read_info()
+    assert info["state"] == "done"
+    assert {"versions", "seed", "data_sha256", "template_sha256", "base_fingerprint"} <= set(info)
+
+
+def held_out(out: Path) -> list[tuple[int, Any]]:
+    """The held-out pairs of a run."""
+    from truetune.data.prepare import read_pairs
+
+    return read_pairs(out / "data" / "eval.arrow")
+
+
+def test_config_yaml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
+    """The written configuration alone gives the same run, to the bit."""
+    assert run(["train", "--config", str(whole / "config.yaml"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert step_lines(tmp_path / "again") == step_lines(whole)
+    assert weights(tmp_path / "again") == weights(whole)
+
+
+def weights(out: Path) -> bytes:
+    """The adapter's bytes."""
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_equals_uninterrupted(
+    signal_number: int, whole: Path, data: Path, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """A signal in mid-run: the step ends, the state is saved, and resume goes on to the same bits."""
+    out = tmp_path / "out"
+    words = arguments(data, tiny_qwen, out, "--max-steps", "6")
+    process = subprocess.Popen([sys.executable, "-m", "truetune", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "steps.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal_number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal_number, errors
+    assert "--resume" in errors
+    assert RunDir(out).read_info()["state"] == "stopped"
+    assert 0 < len(step_lines(out)) < 6
+    assert run(["chat", str(out), "-m", "What is 3 plus 3?", "--max-new-tokens", "3"]) == 0
+    assert run([*words, "--resume"]) == 0
+    assert step_lines(out) == step_lines(whole)
+    assert weights(out) == weights(whole)
+
+
+def test_resume_falls_back_past_a_damaged_checkpoint(
+    whole: Path, data: Path, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest checkpoint is cut: it is passed over by name, and the result is the same."""
+    out = tmp_path / "out"
+    words = arguments(data, tiny_qwen, out, "--max-steps", "6")
+    assert run(words) == 0
+    RunDir(out).write_info(state="running")
+    newest = out / "checkpoints" / "checkpoint-000006" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    assert run([*words, "--resume"]) == 0
+    assert "checkpoint-000006" in capsys.readouterr().out
+    assert step_lines(out) == step_lines(whole)
+    assert weights(out) == weights(whole)
+
+
+def test_finished_run_says_so(whole: Path, data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming it exits 0 and changes nothing."""
+    before = weights(whole)
+    assert run([*arguments(data, tiny_qwen, whole, "--max-steps", "6"), "--resume"]) == 0
+    assert str(whole) in capsys.readouterr().out
+    assert weights(whole) == before
+
+
+def test_resume_refuses_other_data(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """One row changed since the run began: exit 2, the run is left as it was."""
+    out, copy = tmp_path / "out", tmp_path / "copy.json"
+    copy.write_text(data.read_text())
+    words = arguments(copy, tiny_qwen, out, "--max-steps", "2")
+    assert run(words) == 0
+    RunDir(out).write_info(state="running")
+    copy.write_text(data.read_text().replace("It is 4.", "It is 5."))
+    events = (out / "events.jsonl").read_bytes()
+    assert run([*words, "--resume"]) == 2
+    assert (out / "events.jsonl").read_bytes() == events
+
+
+def test_skipped_rows_are_written_down(write_json: Callable[..., Path], tiny_qwen: Path, tmp_path: Path) -> None:
+    """With invalid: skip the rest trains, and refused.jsonl says what did not."""
+    rows = [{"instruction": f"Q{n}", "output": f"A{n}"} for n in range(9)] + [{"instruction": "no answer"}]
+    path = write_json(rows)
+    out = tmp_path / "out"
+    assert run(arguments(path, tiny_qwen, out, "--max-steps", "1")) == 2
+    assert not out.exists()
+    assert run(arguments(path, tiny_qwen, out, "--max-steps", "1", "--invalid", "skip")) == 0
+    refused = [json.loads(line) for line in (out / "data" / "refused.jsonl").read_text().splitlines()]
+    assert [(row["where"], "output" in row["reason"]) for row in refused] == [(f"{path}:38", True)]
+
+
+def test_system_prompt_and_template_values_travel_with_the_run(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """What was trained is what chat sends, unless it is turned off."""
+    from truetune.use import load
+
+    more = ["--max-steps", "1", "--system", "你是甄嬛", "--chat-template-kwargs", "{enable_thinking: false}"]
+    assert run(arguments(data, tiny_qwen, tmp_path / "out", *more)) == 0
+    question = [{"role": "user", "content": "What is 1 plus 1?"}]
+    model = load(tmp_path / "out")
+    text = model.renderer.tokenizer.decode(model.renderer.prompt_ids(question))
+    assert text.startswith("<|im_start|>system\n你是甄嬛<|im_end|>")
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    without = load(tmp_path / "out", use_run_system=False)
+    assert "甄嬛" not in without.renderer.tokenizer.decode(without.renderer.prompt_ids(question))
+    trained = {pair.prompt_ids for _, pair in held_out(tmp_path / "out")}
+    ids = {tuple(model.renderer.prompt_ids([{"role": "user", "content": f"What is {n} plus {n}?"}])) for n in range(40)}
+    assert len(trained) == 8
+    assert trained <= ids

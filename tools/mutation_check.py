@@ -1,0 +1,216 @@
+"""Put known bugs back one by one, and fail if the tests do not notice one.
+
+    python tools/mutation_check.py [NAME ...]      all, or those whose name holds one of the words
+
+Each bug is a replacement in one file of a copy of the repository, and the tests that must fail for it. The numbers are
+those of the field's known silent bugs (see docs/silent-bugs.md).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 300
+
+
+class Mutant(NamedTuple):
+    """A bug: in `file`, `old` becomes `new`; `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    Mutant(
+        "1 loss divided by each forward's own tokens",
+        "engine/step.py",
+        "forward_loss(model, forward, pad_id) / num_learned_tokens",
+        "forward_loss(model, forward, pad_id) / sum(len(pair.answer_ids) for pair in forward)",
+        "tests/engine/test_step.py",
+    ),
+    Mutant("gradient doubled", "engine/step.py", "backward(loss)", "backward(2 * loss)", "tests/engine/test_step.py"),
+    Mutant(
+        "half the gradient lost",
+        "engine/step.py",
+        "        backward(loss)",
+        "        backward(loss) if number % 2 == 0 else None",
+        "tests/engine/test_step.py",
+    ),
+    Mutant(
+        "prompt not masked",
+        "engine/step.py",
+        "labels_BT[row, len(pair.prompt_ids) : len(pair)] = torch.tensor(pair.answer_ids)",
+        "labels_BT[row, : len(pair)] = torch.tensor(pair.prompt_ids + pair.answer_ids)",
+        "tests/engine/test_step.py",
+    ),
+    Mutant(
+        "dropout not reseeded",
+        "engine/step.py",
+        "torch.manual_seed(dropout_seed(*seeds, number))",
+        "pass",
+        "tests/test_loop.py",
+    ),
+    Mutant(
+        "3 padding masked by id, and the stop token with it",
+        "engine/step.py",
+        "    return input_ids_BT, labels_BT",
+        "    return input_ids_BT, labels_BT.masked_fill(input_ids_BT == pad_id, IGNORE_INDEX)",
+        "tests/engine/test_step.py",
+    ),
+    Mutant(
+        "4 stop token not learned",
+        "data/template.py",
+        "return rest_ids[: end + 1]",
+        "return rest_ids[:end]",
+        "tests/data/test_template.py",
+    ),
+    Mutant(
+        "6 long rows kept without a word",
+        "data/lengths.py",
+        "if len(longest) > max_length:",
+        "if False:",
+        "tests/data/test_lengths.py",
+    ),
+    Mutant(
+        "8 NaN reaches the weights",
+        "loop.py",
+        "if not (math.isfinite(loss) and math.isfinite(grad_norm)):",
+        "if False:",
+        "tests/test_loop.py",
+    ),
+    Mutant(
+        "9 trained without the generation prompt",
+        "data/template.py",
+        "prompt = self._render(messages[:turn], prompt=True)",
+        "prompt = self._render(messages[:turn], prompt=False)",
+        "tests/data/test_template.py",
+    ),
+    Mutant(
+        "11 text lost by the template is trained",
+        "data/template.py",
+        "if content.strip() not in rest:",
+        "if False:",
+        "tests/data/test_template.py",
+    ),
+    Mutant(
+        "22 trainable weights in bf16",
+        "model.py",
+        "autocast_adapter_dtype=True",
+        "autocast_adapter_dtype=False",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "24 dropout left on in evaluation",
+        "engine/step.py",
+        "    model.eval()\n",
+        "",
+        "tests/engine/test_step.py",
+    ),
+    Mutant(
+        "26 resume replays the data from the start",
+        "loop.py",
+        "epoch, skip = divmod(start, per_epoch)",
+        "epoch, skip = divmod(0, per_epoch)",
+        "tests/test_loop.py",
+    ),
+    Mutant(
+        "28 optimizer starts anew on resume",
+        "checkpoint.py",
+        '    state.optimizer.load_state_dict(_unflatten(tensors, values["param_groups"]))\n',
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutant(
+        "29 resume with other data",
+        "checkpoint.py",
+        "    check_identity(folder, state.identity)\n",
+        "",
+        "tests/test_checkpoint.py",
+    ),
+    Mutant(
+        "34 adapter on another base",
+        "use.py",
+        'if known and known["base"]["fingerprint"] != base.fingerprint:',
+        "if False:",
+        "tests/test_use.py",
+    ),
+    Mutant(
+        "35 a key given twice: the last one wins",
+        "data/sources.py",
+        "if len(value) != len(pairs):",
+        "if False:",
+        "tests/data/test_sources.py",
+    ),
+    Mutant(
+        "36 text of the user becomes a control token",
+        "data/template.py",
+        "tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)",
+        'tokenizer(_MARKERS.sub("", text), add_special_tokens=False)',
+        "tests/data/test_template.py",
+    ),
+    Mutant(
+        "38 use renders another prompt than training",
+        "identity.py",
+        "if found != trained:",
+        "if False:",
+        "tests/test_identity.py",
+    ),
+)
+
+
+def survives(mutant: Mutant, repository: Path) -> bool:
+    """Return True if the tests pass although the bug is in."""
+    path = repository / "src" / "truetune" / mutant.file
+    original = path.read_text(encoding="utf-8")
+    if original.count(mutant.old) != 1:
+        sys.exit(f"{mutant.name}: {mutant.file} holds the place {original.count(mutant.old)} times; mend the table")
+    path.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+    environment = os.environ | {
+        "PYTHONPATH": str(repository / "src"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRUETUNE_SHARED": os.environ.get("TRUETUNE_SHARED", str(ROOT.parent / "shared")),
+    }
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *mutant.tests.split()]
+    try:
+        done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    finally:
+        path.write_text(original, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        sys.exit(
+            f"{mutant.name}: the tests did not run (exit {done.returncode})\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    """Try the mutants that hold one of `words` (all without any); return the number that survived."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder) / "repository"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, repository, ignore=ignored)
+        for mutant in chosen:
+            began = time.perf_counter()
+            alive = survives(mutant, repository)
+            survived += alive
+            verdict = "SURVIVED" if alive else "noticed"
+            sys.stdout.write(f"{verdict:9} {time.perf_counter() - began:5.1f} s  {mutant.name}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"mutants: {len(chosen)} tried, {survived} survived\n")
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))
