@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
     },
     "output": {"errors", "config", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},
-    "train": {
+    "training": {
         *(
             "errors",
             "config",
@@ -68,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "use": {"errors", "records", "rundir", "data.template", "model", "checkpoint", "identity", "generate"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
-    "": {"config", "console", "records", "rundir", "preflight", "train", "use"},
+    "": {"config", "console", "records", "rundir", "preflight", "training", "use"},
     "commands": set(),
 }
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}

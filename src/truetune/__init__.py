@@ -25,7 +25,7 @@ def train(data: str | Path | list[str], *, model: str, **keys: Any) -> Run:
     """
     from truetune.config import language, resolve
     from truetune.console import Console
-    from truetune.train import train as run_training
+    from truetune.training import train as run_training
 
     resume = keys.pop("resume", False)
     settings = resolve({"data": _names(data), "model": model, **keys})

@@ -62,7 +62,7 @@ def assemble(settings: Settings, flight: Preflight, folder: Path, console: Conso
     settings, held_out = _choose(settings.with_chosen(dtype=dtype), flight, model)
     config = settings.config
     if config.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     model = accelerator.prepare(model)
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)

@@ -97,7 +97,7 @@ def _generate(
     output_BT: torch.Tensor = model.generate(
         input_ids=ids_BT.to(device),
         attention_mask=is_token_BT.long().to(device),
-        eos_token_id=sorted(renderer.stop_ids),
+        eos_token_id=list(renderer.stop_ids),
         pad_token_id=pad_id(renderer.tokenizer),
         **sampling.arguments(),
         **extra,

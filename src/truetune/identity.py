@@ -36,8 +36,8 @@ def write(folder: Path, renderer: Renderer, prompts: Sequence[Sequence[Message]]
         "system": renderer.system,
         "chat_template_kwargs": renderer.template_kwargs,
         "template_sha256": renderer.template_hash,
-        "stop_ids": sorted(renderer.stop_ids),
-        "date": renderer.date if renderer.reads_clock else None,
+        "stop_ids": list(renderer.stop_ids),
+        "date": renderer.date,
         "probes": [{"messages": messages, "prompt_ids": renderer.prompt_ids(messages)} for messages in chosen],
     }
     write_atomic(folder / FILE, to_json(values, indent=2) + "\n")

@@ -33,7 +33,7 @@ def write_start(run: RunDir, settings: Settings, flight: Preflight) -> None:
     run.write_info(
         state="running",
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        date=flight.renderer.date,
+        date=datetime.date.today().isoformat() if flight.renderer.date is None else flight.renderer.date,
         model=settings.config.model,
         data=settings.config.data,
         seed=settings.config.seed,

@@ -107,10 +107,10 @@ def _load_adapter(folder: Path, *, is_base: bool) -> Model:
         renderer = Renderer(
             tokenizer,
             (folder / TEMPLATE_FILE).read_text(encoding="utf-8"),
-            frozenset(known["stop_ids"]),
+            tuple(known["stop_ids"]),
             known["system"],
             known["chat_template_kwargs"],
-            known["date"] or "",
+            known["date"],
         )
     else:
         renderer = build_renderer(tokenizer, eos_ids(base.folder))

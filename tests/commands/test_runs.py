@@ -42,8 +42,8 @@ def test_runs_are_listed_oldest_first(capsys: Capture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [cells(line) for line in lines] == [
         ["Run", "Data", "Model", "Steps", "Loss", "Held-out loss", "State"],
-        ["runs/old", "a.json, c.json", "org/name", "0/9", "-", "-", "failed"],
-        ["runs/new", "rows.json", "org/name", "2/9", "1.000", "3.000 → 1.250", "done"],
+        ["runs/old", "a.json, c.json", "name", "0/9", "-", "-", "failed"],
+        ["runs/new", "rows.json", "name", "2/9", "1.000", "3.000 → 1.250", "done"],
     ]
 
 

@@ -180,6 +180,8 @@ CUT = {
     "only a bracket": ("[¦", 1),
     "after a key": ('[{"a": 1}, {"a": 2}, {"a"¦', 3),
     "after a colon": ('[{"a": "你"}, {"a":¦', 2),
+    "inside a text": ('[{"a": 1}, {"a": ¦"hel', 2),
+    "inside a word": ('{"a": 1}\n{"a": ¦tru', 2),
     "inside a list": ('[{"a": [1, 2¦', 1),
     "line, after a colon": ('{"a": 1}\n{"a":¦', 2),
     "line, after a value": ('{"a": 1}\n{"a": 2}\n{"a": 3¦\n', 3),
@@ -191,6 +193,40 @@ def test_cut_file(case: str, tmp_path: Path, assert_fault: Callable[..., None]) 
     marked, record = CUT[case]
     error = _fault(tmp_path / "rows.json", marked.replace("¦", ""))
     assert_fault(error, "data_cut", where=_place(tmp_path, marked)[0], record=record)
+
+
+def test_cut_inside_a_character(tmp_path: Path, assert_fault: Callable[..., None]) -> None:
+    path = tmp_path / "rows.json"
+    error = _fault(path, '{"a": 1}\n{"a": "你'.encode()[:-1])
+    assert_fault(error, "data_cut", where=f"{path}:2", record="-")
+
+
+HARD = {
+    "nested too deeply": ('[{"a":' + "[" * 100_000, "data_not_json"),
+    "key twice and broken": ('[{"a":{"x":1,"x":2},"b":}]', "data_not_json"),
+    "single object with a fault": ('{\n "a": 1,\n "b": ,\n "c": 2\n}', "data_not_json"),
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_faults_are_named_where_they_are(case: str, tmp_path: Path) -> None:
+    content, key = HARD[case]
+    error = _fault(tmp_path / "rows.json", content)
+    assert error.key == key
+    if case == "single object with a fault":
+        assert error.where.endswith(":3:7")
+
+
+def test_single_object_with_a_key_twice_is_one_refused_row(tmp_path: Path) -> None:
+    (row,) = _read(tmp_path / "rows.json", '{\n "a": 1,\n "a": 2\n}')
+    assert isinstance(row, RowError)
+    assert row.key == "row_key_twice"
+
+
+def test_folder_named_like_a_data_file_is_no_data_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "y.json").write_text("[]")
+    assert find_files([str(tmp_path)]) == [tmp_path / "y.json"]
 
 
 @pytest.mark.parametrize("content", ["[{},\n {},\n {'a': 1}]", '{"a": 1}\n{"a": 2}\n{"a": }'])
@@ -230,7 +266,6 @@ def test_utf16(encoding: str, tmp_path: Path, assert_fault: Callable[..., None])
         (b'{"a": 1}\n\n{"a": "\xff"}', 3, 17),
         (b"\x80", 1, 0),
         ('[\n{"a": "你好"}]'.encode("gbk"), 2, 9),
-        ('{"a": 1}\n{"a": "你'.encode()[:-1], 2, 16),
     ],
 )
 def test_not_utf8(content: bytes, line: int, byte: int, tmp_path: Path, assert_fault: Callable[..., None]) -> None:

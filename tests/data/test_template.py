@@ -126,7 +126,7 @@ def test_answer_is_the_text_and_the_stop_token(case: str, qwen: Renderer) -> Non
     assert [qwen.tokenizer.decode(pair.answer_ids) for pair in pairs] == [thought + answer + STOP for answer in answers]
     for pair, content in zip(pairs, answers, strict=True):
         assert pair.answer_ids[-1] == STOP_ID
-        assert qwen.stop_ids.isdisjoint(pair.answer_ids[:-1])
+        assert set(qwen.stop_ids).isdisjoint(pair.answer_ids[:-1])
         assert pair.num_template_tokens == (1 if qwen.template_kwargs else 5)
         num_before = pair.num_template_tokens - 1
         assert qwen.tokenizer.decode(pair.answer_ids[:num_before]) == thought
@@ -300,11 +300,10 @@ def test_the_runs_system_prompt(qwen_tokenizer: Any) -> None:
 
 
 def test_what_the_qwen_renderer_says_of_itself(qwen: Renderer) -> None:
-    assert qwen.stop_ids == {STOP_ID, PAD_ID}
+    assert set(qwen.stop_ids) == {STOP_ID, PAD_ID}
     assert qwen.template_hash == hashlib.sha256(qwen.tokenizer.chat_template.encode()).hexdigest()
     assert not qwen.appends_stop
-    assert not qwen.reads_clock
-    assert qwen.date == datetime.date.today().isoformat()
+    assert qwen.date is None
 
 
 # --- templates for tokenizers without one ---
@@ -355,14 +354,14 @@ def test_a_named_template_wins_over_the_tokenizers_own(name: str, qwen_tokenizer
     renderer = _qwen(qwen_tokenizer, template=name)
     assert renderer.chat_template == TEMPLATES[name] != qwen_tokenizer.chat_template
     assert not renderer.appends_stop
-    assert not renderer.reads_clock
+    assert renderer.date is None
 
 
 def test_chatml_stops_at_its_own_token(small_tokenizer: Callable[..., Any]) -> None:
     tokenizer = small_tokenizer(specials=("</s>", START, STOP))
     renderer = build_renderer(tokenizer, [], template="chatml")
     end = tokenizer.added_tokens_encoder[STOP]
-    assert renderer.stop_ids == {tokenizer.eos_token_id, end}
+    assert set(renderer.stop_ids) == {tokenizer.eos_token_id, end}
     (pair,) = renderer.pairs(_conversation(_user("a"), _assistant("b")))
     assert pair.answer_ids[-1] == end != tokenizer.eos_token_id
 
@@ -401,20 +400,77 @@ def test_template_without_stop_token(small_tokenizer: Callable[..., Any]) -> Non
     assert tokenizer.decode(pairs[1].prompt_ids) == "[user]a[assistant]b c[user]d[assistant]"
 
 
-@pytest.mark.parametrize(
-    "chat_template",
-    [
-        TURNS + PROMPT,
-        "{% if documents %}{{ strftime_now('%Y') }}{% endif %}" + TURNS + PROMPT,
-        "{{ '' if strftime_now else 'x' }}" + TURNS + PROMPT,
-    ],
-)
-def test_template_that_writes_no_date(chat_template: str, small_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = small_tokenizer(chat_template)
-    dates = ["2001-02-03", "2024-11-25", None]
-    renderers = [build_renderer(tokenizer, [], date=date) for date in dates]
-    assert [renderer.reads_clock for renderer in renderers] == [False] * 3
-    assert len({tuple(renderer.prompt_ids([_user("a")])) for renderer in renderers}) == 1
+CLOCK = "[{{ strftime_now('%Y-%m-%d') }}]" + TURNS + PROMPT
+
+
+@pytest.mark.parametrize("date", ["2024-11-25", "1999-01-02", None])
+def test_clock_is_frozen(date: str | None, small_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = small_tokenizer(CLOCK)
+    renderer = build_renderer(tokenizer, [], date=date)
+    shown = date or datetime.date.today().isoformat()
+    assert renderer.date == shown
+    (pair,) = renderer.pairs(_conversation(_user("a"), _assistant("b")))
+    assert tokenizer.decode(pair.prompt_ids) == f"[{shown}][user]a</s>[assistant]"
+    assert tokenizer.decode(pair.answer_ids) == "b</s>"
+    assert pair.prompt_ids == tuple(renderer.prompt_ids([_user("a")]))
+    by_hand = build_renderer(small_tokenizer(f"[{shown}]" + TURNS + PROMPT), [])
+    assert by_hand.date is None
+    assert by_hand.pairs(_conversation(_user("a"), _assistant("b"))) == [pair]
+
+
+def test_frozen_date_is_written_out(small_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    renderer = build_renderer(small_tokenizer(CLOCK), [], date="1999-01-02")
+    renderer.save_tokenizer(tmp_path)
+    plain = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    rendered = plain.apply_chat_template([_user("a")], add_generation_prompt=True)["input_ids"]
+    assert rendered == renderer.prompt_ids([_user("a")])
+
+
+def test_clock_that_cannot_be_frozen(small_tokenizer: Callable[..., Any], assert_fault: Callable[..., None]) -> None:
+    with pytest.raises(UserError) as caught:
+        build_renderer(small_tokenizer("{% set f = '%Y' %}{{ strftime_now(f) }}" + TURNS + PROMPT), [])
+    assert_fault(caught.value, "template_clock", where="chat template")
+
+
+def test_template_without_a_clock(small_tokenizer: Callable[..., Any]) -> None:
+    chat_template = "{{ '' if strftime_now is defined else 'x' }}" + TURNS + PROMPT
+    renderers = [build_renderer(small_tokenizer(chat_template), [], date=date) for date in ("2001-02-03", None)]
+    assert [renderer.date for renderer in renderers] == [None, None]
+    assert renderers[0].prompt_ids([_user("a")]) == renderers[1].prompt_ids([_user("a")])
+
+
+def test_appended_stop_is_the_first_declared(small_tokenizer: Callable[..., Any]) -> None:
+    renderer = build_renderer(small_tokenizer(NO_STOP), [256, 257])
+    assert renderer.pairs(_conversation(_user("a"), _assistant("b")))[0].answer_ids[-1] == 256
+
+
+def test_template_that_needs_a_system_message(small_tokenizer: Callable[..., Any]) -> None:
+    need = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system needed') }}{% endif %}" + TURNS + PROMPT
+    assert build_renderer(small_tokenizer(need), [], system="S").appends_stop is False
+    assert build_renderer(small_tokenizer(need), []).appends_stop is False
+
+
+def test_instruction_response_without_an_end_token(small_tokenizer: Callable[..., Any]) -> None:
+    renderer = build_renderer(small_tokenizer(eos_token=None), [257], template="instruction-response")
+    assert renderer.appends_stop
+    assert renderer.pairs(_conversation(_user("a"), _assistant("b")))[0].answer_ids[-1] == 257
+
+
+def test_reasoning_that_the_template_drops_is_refused(
+    small_tokenizer: Callable[..., Any], assert_fault: Callable[..., None]
+) -> None:
+    renderer = build_renderer(small_tokenizer(TURNS + PROMPT), [])
+    error = _refused(renderer, _user("a"), _assistant("b") | {"reasoning_content": "because"})
+    assert_fault(error, "template_loses_text", where=WHERE, rest=repr("b</s>"))
+
+
+def test_reasoning_is_not_counted_as_the_templates(qwen_tokenizer: Any) -> None:
+    renderer = build_renderer(qwen_tokenizer, [151645])
+    (pair,) = renderer.pairs(_conversation(_user("a"), _assistant("b") | {"reasoning_content": "because"}))
+    assert qwen_tokenizer.decode(pair.answer_ids) == "<think>\nbecause\n</think>\n\nb<|im_end|>"
+    assert len(pair.answer_ids) - pair.num_template_tokens == 2
 
 
 def test_template_that_raises(small_tokenizer: Callable[..., Any], assert_fault: Callable[..., None]) -> None:
@@ -523,16 +579,19 @@ def test_renderer_that_cannot_be_built(
 def test_every_fault_of_the_module_is_met_above() -> None:
     source = Path(str(template_module.__file__)).read_text()
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', source))
-    assert {key for _, _, key, _, _ in SHAPES.values()} | set(BUILD) | {"template_not_prefix"} == named
+    assert {key for _, _, key, _, _ in SHAPES.values()} | set(BUILD) | {
+        "template_not_prefix",
+        "template_clock",
+    } == named
     assert len(named) >= 8
 
 
 def test_stop_ids_of_model_and_tokenizer(small_tokenizer: Callable[..., Any]) -> None:
     tokenizer = small_tokenizer(TURNS + PROMPT)
     assert tokenizer.eos_token_id == 257
-    assert build_renderer(tokenizer, []).stop_ids == {257}
-    assert build_renderer(tokenizer, [256, 257]).stop_ids == {256, 257}
-    assert build_renderer(small_tokenizer(TURNS, eos_token=None), [256]).stop_ids == {256}
+    assert set(build_renderer(tokenizer, []).stop_ids) == {257}
+    assert set(build_renderer(tokenizer, [256, 257]).stop_ids) == {256, 257}
+    assert set(build_renderer(small_tokenizer(TURNS, eos_token=None), [256]).stop_ids) == {256}
 
 
 def test_saved_tokenizer_renders_the_same(small_tokenizer: Callable[..., Any], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def command(lang: str) -> click.Command:
 
     def run(model: str | None, output_dir: str | None) -> None:
         from truetune.console import Console
-        from truetune.train import train
+        from truetune.training import train
 
         console = Console(lang)
         settings = demo_settings(model, output_dir)

@@ -25,7 +25,7 @@ def command(lang: str) -> click.Command:
             path = saved if saved.is_file() else None
         settings = resolve(flags, path)
         from truetune.console import Console
-        from truetune.train import train
+        from truetune.training import train
 
         chosen = settings.config.lang
         train(settings, Console(lang if chosen == "auto" else chosen), resume=resume)

@@ -100,10 +100,14 @@ def _from_alpaca(row: RawRow, input_join: str) -> list[Message]:
     system = _text(row, "system", may_be_empty=True)
     if system:
         messages.append({"role": "system", "content": system})
-    for number, turn in enumerate(row.value.get("history") or [], start=1):
+    history = row.value.get("history") or []
+    if not isinstance(history, list):
+        _refuse(row.where, "row_history", "row_history", number=1)
+    for number, turn in enumerate(history, start=1):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             _refuse(row.where, "row_history", "row_history", number=number)
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        question, answer = (_checked(row.where, f"history[{number}]", part) for part in turn)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     extra = _text(row, "input", may_be_empty=True)
     instruction = _text(row, "instruction", may_be_empty=bool(extra))
     prompt = input_join.join(part for part in (instruction, extra) if part)
@@ -122,7 +126,7 @@ def _message(where: str, number: int, turn: Any) -> Message:
     name = f"messages[{number}]"
     if not isinstance(turn, dict):
         _refuse(where, "row_turn_not_object", "row_messages", name=name, kind=kind_of(turn))
-    unknown = set(turn) - _MESSAGE_KEYS
+    unknown = set(turn) - (_MESSAGE_KEYS if turn.get("role") == "assistant" else _MESSAGE_KEYS - {"reasoning_content"})
     if unknown:
         _refuse(where, "row_turn_keys", "row_turn_keys", name=name, found=_names(unknown))
     role = turn.get("role")
@@ -131,7 +135,7 @@ def _message(where: str, number: int, turn: Any) -> Message:
     message: Message = {"role": role}
     for key in ("content", "reasoning_content"):
         value = turn.get(key)
-        if value is None and key == "reasoning_content":
+        if key == "reasoning_content" and value in (None, ""):
             continue
         if not isinstance(value, str):
             _refuse(where, "row_not_text", "row_not_text", name=f"{name}.{key}", kind=kind_of(value))

@@ -66,7 +66,7 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en") -> Prepared
     held_out_files = find_files(config.eval_data)
     notes: Counter[str] = Counter()
     tally = _read(files, config, renderer, notes)
-    held_out_tally = _read(held_out_files, config, renderer, notes)
+    held_out_tally = _read(held_out_files, config, renderer, notes, first_index=tally.num_read)
     train, held_out = tally.rows, held_out_tally.rows
     if not held_out_files:
         train, held_out = split(tally.rows, fraction=config.eval_split, seed=config.seed)
@@ -80,7 +80,7 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en") -> Prepared
         exact_duplicates=tally.num_duplicates + held_out_tally.num_duplicates,
         rows_held_out=len(held_out),
         steps=steps,
-        diagnosis=_diagnose(config, steps, len(held_out), tally.num_duplicates, lang),
+        diagnosis=_diagnose(config, steps, lang, num_duplicates=tally.num_duplicates, sides=(train, held_out)),
         notes=_notes(notes, renderer, lang),
         **_count_tokens([*train, *held_out], batch_size=config.rows_per_step),
     )
@@ -98,7 +98,7 @@ def split(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row]
     """Return (train, held out); rows with the same prompt fall on the same side, both sides keep the order."""
     if fraction == 0 or len(rows) < MIN_ROWS_TO_HOLD_OUT:
         return list(rows), []
-    wanted = min(max(round(fraction * len(rows)), MIN_HELD_OUT), MAX_HELD_OUT)
+    wanted = min(max(round(fraction * len(rows)), MIN_HELD_OUT), MAX_HELD_OUT, len(rows) // 2)
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate(rows):
         groups.setdefault(row.pairs[0].prompt_ids, []).append(number)
@@ -114,14 +114,16 @@ def split(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row]
     )
 
 
-def _read(files: Sequence[Path], config: Config, renderer: Renderer, notes: Counter[str]) -> _Tally:
+def _read(
+    files: Sequence[Path], config: Config, renderer: Renderer, notes: Counter[str], *, first_index: int = 0
+) -> _Tally:
     tally = _Tally([], [])
     seen: set[tuple[Pair, ...]] = set()
     for file in files:
         for raw in read_rows(file):
             tally.num_read += 1
             try:
-                row = _to_row(raw, tally.num_read - 1, config, renderer)
+                row = _to_row(raw, first_index + tally.num_read - 1, config, renderer)
                 notes.update(ignored_keys(raw) if isinstance(raw, RawRow) else ())
             except RowError as error:
                 tally.refused.append(error)
@@ -158,7 +160,7 @@ def _notes(ignored: Counter[str], renderer: Renderer, lang: str) -> list[str]:
     notes = [text("note.ignored_key", lang, name=name, count=count) for name, count in ignored.items()]
     if renderer.appends_stop:
         notes.append(text("note.appends_stop", lang))
-    if renderer.reads_clock:
+    if renderer.date:
         notes.append(text("note.reads_clock", lang, date=renderer.date))
     return notes
 
@@ -167,14 +169,19 @@ FEW_STEPS = 30
 USUAL_LEARNING_RATES = (2e-5, 5e-3)
 
 
-def _diagnose(config: Config, steps: int, num_held_out: int, num_duplicates: int, lang: str) -> list[str]:
-    """Return in plain words what is likely to disappoint."""
+def _diagnose(
+    config: Config, steps: int, lang: str, *, num_duplicates: int, sides: tuple[Sequence[Row], Sequence[Row]]
+) -> list[str]:
+    """Return in plain words what is likely to disappoint. `sides`: rows to train on, rows held out."""
     lowest, highest = USUAL_LEARNING_RATES
+    trained = {row.pairs[0].prompt_ids for row in sides[0]}
+    num_overlap = sum(row.pairs[0].prompt_ids in trained for row in sides[1])
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (steps < FEW_STEPS, "few_steps", {"steps": steps}),
         (not lowest <= config.learning_rate <= highest, "learning_rate", {"rate": config.learning_rate}),
         (num_duplicates > 0, "duplicates", {"count": num_duplicates}),
-        (num_held_out == 0, "no_held_out", {}),
+        (num_overlap > 0, "overlap", {"count": num_overlap}),
+        (not sides[1], "no_held_out", {}),
     ]
     return [text(f"diagnosis.{key}", lang, **values) for is_found, key, values in found if is_found]
 

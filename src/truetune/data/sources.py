@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,7 @@ from truetune.records import RawRow
 
 SUFFIXES = (".json", ".jsonl")
 _WHITESPACE = " \t\n\r"
+_CONSTANT = re.compile(r"[:\[,]\s*(NaN|-?Infinity)")
 
 
 class _Duplicate(ValueError):
@@ -43,7 +45,7 @@ def find_files(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
             files += found
@@ -84,10 +86,12 @@ def _decode(path: Path) -> str:
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError("data_utf16", where=str(path), fix="data_utf16", path=str(path))
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         where = f"{path}:{line}"
+        if error.reason == "unexpected end of data":
+            raise UserError("data_cut", where=where, fix="data_cut", record="-") from None
         raise UserError("data_not_utf8", where=where, fix="data_not_utf8", byte=error.start, path=str(path)) from None
 
 
@@ -112,8 +116,8 @@ def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | Row
             yield _as_row(f"{path}:{line}", value)
         except _Duplicate as error:
             yield RowError("row_key_twice", where=f"{path}:{line}", fix="row_key_twice", name=str(error))
-            _, end = json.JSONDecoder().raw_decode(source, position)
-        except ValueError as error:
+            end = _end_of(path, source, position, number)
+        except (ValueError, RecursionError) as error:
             raise _not_json(path, source, error, position, number) from None
         position = _skip(source, end)
         if source[position : position + 1] == "]":
@@ -126,53 +130,67 @@ def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | Row
         raise _not_json(path, source, json.JSONDecodeError("text behind the closing ]", source, rest), rest, number)
 
 
+def _end_of(path: Path, source: str, position: int, number: int) -> int:
+    """Return where the value at `position` ends, whatever keys it gives twice."""
+    try:
+        return json.JSONDecoder().raw_decode(source, position)[1]
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, source, error, position, number) from None
+
+
 def _read_lines(path: Path, source: str) -> Iterator[RawRow | RowError]:
     """Read JSON lines; a single object over several lines is one row."""
-    lines = source.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip(_WHITESPACE):
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield _as_row(where, _DECODER.decode(line))
-        except _Duplicate as error:
-            yield RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
-        except ValueError as error:
-            whole = _single_object(source)
-            if whole is not None:
-                yield _as_row(where, whole)
+    offset = 0
+    for number, line in enumerate(source.split("\n"), start=1):
+        stripped = line.strip(_WHITESPACE)
+        if stripped:
+            is_whole = stripped in "{[" or not stripped.endswith("}")
+            start = offset + line.index(stripped)
+            if is_whole and source[:start].strip(_WHITESPACE) == "":
+                yield _decode_row(path, source, start, len(source), number)
                 return
-            offset = sum(len(earlier) + 1 for earlier in lines[: number - 1])
-            raise _not_json(path, source, error, offset, number, base=offset) from None
+            yield _decode_row(path, source, start, start + len(stripped), number)
+        offset += len(line) + 1
 
 
-def _single_object(source: str) -> Any:
+def _decode_row(path: Path, source: str, start: int, end: int, number: int) -> RawRow | RowError:
+    """Decode source[start:end], which stands in line `number`."""
+    where = f"{path}:{number}"
     try:
-        return _DECODER.decode(source)
-    except ValueError:
-        return None
+        return _as_row(where, _DECODER.decode(source[start:end]))
+    except _Duplicate as error:
+        _end_of(path, source, start, number)
+        return RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, source, error, start, number, base=start) from None
 
 
 def _as_row(where: str, value: Any) -> RawRow | RowError:
     if not isinstance(value, dict):
         return RowError("row_not_object", where=where, fix="row_not_object", kind=kind_of(value))
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if len(value) <= 2 and lists and lists[0] not in ("messages", "conversations"):
+    if len(value) <= 2 and lists and not {"messages", "conversations"} & set(value):
         return RowError("row_nested", where=where, fix="row_nested", name=lists[0], count=len(value[lists[0]]))
     return RawRow(where, value)
 
 
-def _not_json(path: Path, source: str, error: ValueError, position: int, record: int, *, base: int = 0) -> UserError:
-    """Return the error with line, column and the text there."""
-    at = base + error.pos if isinstance(error, json.JSONDecodeError) else position
-    line = source.count("\n", 0, at) + 1
-    column = at - (source.rfind("\n", 0, at) + 1) + 1
-    problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    if at >= len(source.rstrip()):
-        return UserError("data_cut", where=f"{path}:{line}:{column}", fix="data_cut", record=record)
+def _not_json(
+    path: Path, source: str, error: ValueError | RecursionError, position: int, record: int, *, base: int = 0
+) -> UserError:
+    """Return the error with line, column and the text there; `position`: where the record starts."""
+    at, problem = position, "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        at, problem = base + error.pos, error.msg
+    elif isinstance(error, ValueError):
+        constant = _CONSTANT.search(source, position)
+        at, problem = constant.start(1) if constant else position, str(error)
     start = source.rfind("\n", 0, at) + 1
-    context = source[max(start, at - 30) : at + 30].split("\n")[0]
-    where = f"{path}:{line}:{column}"
+    where = f"{path}:{source.count(chr(10), 0, at) + 1}:{at - start + 1}"
+    # The fault is at the end, or in a last line that nothing closes: the file was cut.
+    rest = source[at:].rstrip()
+    if not rest or ("\n" not in rest and not rest.endswith(("]", "}"))):
+        return UserError("data_cut", where=where, fix="data_cut", record=record)
+    context = (source[max(start, at - 30) : at + 30].splitlines() or [""])[0]
     return UserError("data_not_json", where=where, fix="data_not_json", problem=problem, context=context)
 
 

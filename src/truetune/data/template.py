@@ -16,8 +16,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ TEMPLATES = {
     "instruction-response": (
         "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
         "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+        "{% else %}{{ '### Response:\n' + message['content'] + (eos_token or '') + '\n\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
 }
@@ -45,6 +45,7 @@ TEMPLATES = {
 TEMPLATE_FILE = "chat_template.jinja"
 CHATML_STOP = "<|im_end|>"
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Characters that transformers' markers use; a row that holds them itself would lose them.
 _MARKERS = re.compile("[\U000f0000\U000f0001]")
 
@@ -53,16 +54,16 @@ _MARKERS = re.compile("[\U000f0000\U000f0001]")
 class Renderer:
     """A tokenizer with its template, and all that changes what is rendered.
 
-    `stop_ids`: ids that end a turn (generation_config and tokenizer together). `system`: for conversations without a
-    system message. `template_kwargs`: passed to the template. `date`: what the template's clock says (ISO).
+    `stop_ids`: ids that end a turn (generation_config's, then the tokenizer's). `system`: for conversations without a
+    system message. `template_kwargs`: passed to the template. `date`: what its clock was frozen at (ISO), if it has one.
     """
 
     tokenizer: Any
     chat_template: str
-    stop_ids: frozenset[int]
+    stop_ids: tuple[int, ...]
     system: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    date: str = ""
+    date: str | None = None
 
     @property
     def template_hash(self) -> str:
@@ -70,20 +71,14 @@ class Renderer:
         return hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     @property
-    def reads_clock(self) -> bool:
-        """True if the template writes the date: rendering under two clocks differs."""
-        if "strftime_now" not in self.chat_template:
-            return False
-        messages: list[Message] = [{"role": "user", "content": "."}]
-        texts = [replace(self, date=date)._render(messages, prompt=True) for date in ("2001-02-03", "2024-11-25")]
-        return texts[0] != texts[1]
-
-    @property
     def appends_stop(self) -> bool:
         """True if the template ends an answer without a stop token (GLM-4's shape), so that one is appended."""
-        turns: list[Message] = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
-        full, prompt = self._render(turns, prompt=False), self._render(turns[:1], prompt=True)
-        return self.stop_ids.isdisjoint(self._encode(full[len(prompt) :]))
+        turns = self._with_system([{"role": "user", "content": "."}, {"role": "assistant", "content": "."}])
+        try:
+            full, prompt = self._render(turns, prompt=False), self._render(turns[:-1], prompt=True)
+        except _TEMPLATE_ERRORS:
+            return False
+        return not set(self.stop_ids) & set(self._encode(full[len(prompt) :]))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that inference sends for `messages`, the generation prompt last.
@@ -117,7 +112,8 @@ class Renderer:
 
     def _pair(self, where: str, messages: list[Message], turn: int) -> Pair:
         """Return the pair of the assistant's message at index `turn`."""
-        if any(_MARKERS.search(str(message["content"])) for message in messages[: turn + 1]):
+        texts = [str(value) for message in messages[: turn + 1] for value in message.values()]
+        if any(map(_MARKERS.search, texts)):
             raise RowError("row_private_character", where=where, fix="row_bad_character")
         try:
             prompt = self._render(messages[:turn], prompt=True)
@@ -127,19 +123,19 @@ class Renderer:
         if not full.startswith(prompt):
             raise self._not_a_prefix(where, prompt, full, messages[turn])
         rest = full[len(prompt) :]
-        content = self._marked(str(messages[turn]["content"]))
-        if content.strip() not in rest:
+        given = [self._marked(str(messages[turn].get(key, ""))) for key in ("content", "reasoning_content")]
+        if any(text.strip() not in rest for text in given):
             raise RowError("template_loses_text", where=where, fix="template_loses_text", rest=_shown(rest))
         answer_ids = self._until_stop(where, self._encode(rest))
-        content_ids = self._encode(content if content in rest else content.strip())
-        num_template_tokens = max(len(answer_ids) - len(content_ids), 1)
+        num_given_tokens = sum(len(self._encode(text if text in rest else text.strip())) for text in given)
+        num_template_tokens = max(len(answer_ids) - num_given_tokens, 1)
         return Pair(tuple(self._encode(prompt)), tuple(answer_ids), num_template_tokens)
 
     def _until_stop(self, where: str, rest_ids: list[int]) -> list[int]:
         """Cut behind the first stop id; where the template writes none (GLM-4's shape), append the first declared."""
         end = next((number for number, token in enumerate(rest_ids) if token in self.stop_ids), None)
         if end is None:
-            return [*rest_ids, min(self.stop_ids)]
+            return [*rest_ids, self.stop_ids[0]]
         behind = [token for token in rest_ids[end + 1 :] if token not in self.stop_ids]
         if self.tokenizer.decode(behind).strip():
             text = _shown(self.tokenizer.decode(rest_ids[end + 1 :]))
@@ -148,7 +144,8 @@ class Renderer:
 
     def _not_a_prefix(self, where: str, prompt: str, full: str, message: Message) -> RowError:
         parted = next((at for at, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-        shown = {"prompt": _shown(prompt[parted - 20 :]), "full": _shown(full[parted - 20 :])}
+        start = max(parted - 20, 0)
+        shown = {"prompt": _shown(prompt[start:]), "full": _shown(full[start:])}
         has_reasoning = bool(message.get("reasoning_content")) or "</think>" in str(message["content"])
         if has_reasoning and self.template_kwargs.get("enable_thinking") is False:
             return RowError("template_not_prefix", where=where, fix="template_thinking_off", **shown)
@@ -181,14 +178,9 @@ class Renderer:
             tokenize=False,
             add_generation_prompt=prompt,
             chat_template=self.chat_template,
-            strftime_now=self._clock(),
             **mark_control_tokens(self.template_kwargs, pattern),
         )
         return text
-
-    def _clock(self) -> Callable[[str], str]:
-        date = datetime.date.fromisoformat(self.date) if self.date else datetime.date.today()
-        return date.strftime
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
@@ -199,6 +191,20 @@ def _shown(text: str, width: int = 60) -> str:
     """Return the start of a text for an error message, markers dropped."""
     text = _MARKERS.sub("", text)
     return repr(text if len(text) <= width else text[:width] + "…")
+
+
+def freeze_clock(chat_template: str, date: datetime.date) -> str:
+    """Return the template with every `strftime_now("...")` replaced by the date, so that all tools render it alike.
+
+    Raises: UserError if the template reads its clock in another way.
+
+    >>> freeze_clock("{{ strftime_now('%d %b %Y') }}", datetime.date(2024, 11, 25))
+    '{{ "25 Nov 2024" }}'
+    """
+    frozen = _CLOCK.sub(lambda match: f'"{date.strftime(match[2])}"', chat_template)
+    if "strftime_now(" in frozen:
+        raise UserError("template_clock", where="chat template", fix="template_clock")
+    return frozen
 
 
 def build_renderer(
@@ -220,13 +226,16 @@ def build_renderer(
     chat_template = TEMPLATES[template] if template else tokenizer.chat_template
     if chat_template is None:
         raise UserError("template_missing", where=name, fix="template_missing", names=", ".join(TEMPLATES))
-    stop_ids = {*eos_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+    # A dict keeps the order and drops what is named twice.
+    stop_ids = dict.fromkeys([*eos_ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])])
     if template == "chatml":
         stop_id = tokenizer.added_tokens_encoder.get(CHATML_STOP)
         if stop_id is None:
             raise UserError("template_no_chatml", where=name, fix="template_no_chatml", token=CHATML_STOP)
-        stop_ids.add(stop_id)
+        stop_ids = {stop_id: None} | stop_ids
     if not stop_ids:
         raise UserError("template_no_stop", where=name, fix="template_no_stop")
-    today = date or datetime.date.today().isoformat()
-    return Renderer(tokenizer, chat_template, frozenset(stop_ids), system, template_kwargs or {}, today)
+    today = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    frozen = freeze_clock(chat_template, today)
+    frozen_at = today.isoformat() if frozen != chat_template else None
+    return Renderer(tokenizer, frozen, tuple(stop_ids), system, template_kwargs or {}, frozen_at)
