@@ -21,7 +21,7 @@ def build(data: Path, model: Path, **keys: Any) -> Assembly:
     """The assembly of a run."""
     settings = resolve({"data": [str(data)], "model": str(model), **keys})
     console = Console(quiet=True)
-    return assemble(settings, preflight(settings.config, console), data.parent / "out", console)
+    return assemble(settings, preflight(settings.config, console), folder=data.parent / "out", console=console)
 
 
 def test_learning_rate_follows_the_formula(

@@ -36,7 +36,7 @@ def make_state(folder: Path, *, steps: int = 0, seed: int = 0, **identity: str) 
 
 def save(folder: Path, step: int, state: checkpoint.State) -> Path:
     """Save without extra files."""
-    return checkpoint.save(folder, step, state, write_extra=lambda _folder: None)
+    return checkpoint.save(folder, step, state=state, write_extra=lambda _folder: None)
 
 
 def step_once(state: checkpoint.State) -> dict[str, torch.Tensor]:

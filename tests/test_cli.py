@@ -49,7 +49,7 @@ def params(name: str) -> list[click.Parameter]:
 
 def replace_train(monkeypatch: Patch, function: Callable[..., Any]) -> None:
     """Let the command call `function` in place of training (without loading torch)."""
-    monkeypatch.setitem(sys.modules, "truetune.train", SimpleNamespace(train=function))
+    monkeypatch.setitem(sys.modules, "truetune.training", SimpleNamespace(train=function))
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_two_evaluations_of_the_limited_rows_stay_within_the_share(num_trained_r
     ],
 )
 def test_steps_between_evaluations(num_steps: int, num_trained_rows: int, num_rows: int, expected: int) -> None:
-    assert choose_eval_steps(num_steps, num_trained_rows, num_rows) == expected
+    assert choose_eval_steps(num_steps, num_trained_rows=num_trained_rows, num_rows=num_rows) == expected
 
 
 CASES = list(product((1, 2, 7, 30, 100, 351, 999, 5000), (1, 8, 16, 64), (1, 8, 40, 500)))
@@ -87,7 +87,7 @@ CASES = list(product((1, 2, 7, 30, 100, 351, 999, 5000), (1, 8, 16, 64), (1, 8, 
 def test_evaluations_stay_within_their_share(num_steps: int, batch_size: int, num_held_out: int) -> None:
     num_trained_rows = num_steps * batch_size
     num_rows = len(limit_rows(ROWS[:num_held_out], num_trained_rows))
-    every = choose_eval_steps(num_steps, num_trained_rows, num_rows)
+    every = choose_eval_steps(num_steps, num_trained_rows=num_trained_rows, num_rows=num_rows)
     assert 1 <= every <= num_steps
     count = num_evaluations(num_steps, every)
     assert 2 <= count <= MAX_EVALUATIONS + 1
@@ -102,7 +102,11 @@ def test_many_cases_pay_for_more_than_two_evaluations() -> None:
     counts = []
     for num_steps, batch_size, num_held_out in CASES:
         num_rows = len(limit_rows(ROWS[:num_held_out], num_steps * batch_size))
-        counts.append(num_evaluations(num_steps, choose_eval_steps(num_steps, num_steps * batch_size, num_rows)))
+        counts.append(
+            num_evaluations(
+                num_steps, choose_eval_steps(num_steps, num_trained_rows=num_steps * batch_size, num_rows=num_rows)
+            )
+        )
     assert sum(count > 2 for count in counts) > 40
     assert max(counts) == MAX_EVALUATIONS + 1
 

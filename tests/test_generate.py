@@ -27,16 +27,16 @@ def tiny(tiny_qwen: Path, qwen_tokenizer: Any) -> tuple[Any, Any]:
 def test_batched_answers_equal_single_ones(tiny: tuple[Any, Any]) -> None:
     """Padding on the left changes no greedy answer (E11)."""
     sampling = Sampling(max_new_tokens=12)
-    together = answers(*tiny, PROMPTS, sampling, batch_size=4)
-    assert together == [answers(*tiny, [prompt], sampling)[0] for prompt in PROMPTS]
+    together = answers(*tiny, prompts=PROMPTS, sampling=sampling, batch_size=4)
+    assert together == [answers(*tiny, prompts=[prompt], sampling=sampling)[0] for prompt in PROMPTS]
     assert len(set(together)) > 1
 
 
 def test_stream_equals_the_whole_answer(tiny: tuple[Any, Any]) -> None:
     """The pieces joined are the text."""
     for prompt in PROMPTS:
-        pieces = list(stream(*tiny, prompt, Sampling(max_new_tokens=12)))
-        assert "".join(pieces).strip() == answers(*tiny, [prompt], Sampling(max_new_tokens=12))[0]
+        pieces = list(stream(*tiny, messages=prompt, sampling=Sampling(max_new_tokens=12)))
+        assert "".join(pieces).strip() == answers(*tiny, prompts=[prompt], sampling=Sampling(max_new_tokens=12))[0]
 
 
 def test_sampling_depends_on_the_temperature(tiny: tuple[Any, Any]) -> None:
@@ -44,13 +44,13 @@ def test_sampling_depends_on_the_temperature(tiny: tuple[Any, Any]) -> None:
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        texts.append("".join(stream(*tiny, PROMPTS[0], Sampling(12, 1.0))))
+        texts.append("".join(stream(*tiny, messages=PROMPTS[0], sampling=Sampling(12, 1.0))))
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_closing_a_stream_ends_it(tiny: tuple[Any, Any]) -> None:
     """A reader that goes away does not leave the model running to its limit."""
-    pieces = stream(*tiny, PROMPTS[0], Sampling(max_new_tokens=100_000))
+    pieces = stream(*tiny, messages=PROMPTS[0], sampling=Sampling(max_new_tokens=100_000))
     next(pieces)
     pieces.close()
 
@@ -65,7 +65,7 @@ def test_an_answer_without_text_ends(tiny: tuple[Any, Any]) -> None:
         def generate(self, **arguments: Any) -> None:
             arguments["streamer"].put(arguments["input_ids"])
 
-    assert list(stream(Silent(), renderer, PROMPTS[0], Sampling(4))) == []
+    assert list(stream(Silent(), renderer, messages=PROMPTS[0], sampling=Sampling(4))) == []
 
 
 def test_a_fault_in_the_model_reaches_the_reader(tiny: tuple[Any, Any]) -> None:
@@ -79,7 +79,7 @@ def test_a_fault_in_the_model_reaches_the_reader(tiny: tuple[Any, Any]) -> None:
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        list(stream(Broken(), renderer, PROMPTS[0], Sampling(4)))
+        list(stream(Broken(), renderer, messages=PROMPTS[0], sampling=Sampling(4)))
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

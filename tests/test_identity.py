@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def renderer(qwen_tokenizer: Any) -> Renderer:
 
 
 def write(folder: Path, renderer: Renderer, prompts: list[list[dict[str, str]]] = PROMPTS) -> dict[str, Any]:
-    identity.write(folder, renderer, prompts, BASE)
+    identity.write(folder, renderer, prompts=prompts, base=BASE)
     values = identity.read(folder)
     assert values is not None
     return values
@@ -39,7 +40,7 @@ def test_what_is_written_is_read(renderer: Renderer, tmp_path: Path) -> None:
     assert values["system"] == "你是守塔人。"
     assert values["chat_template_kwargs"] == {}
     assert values["template_sha256"] == renderer.template_hash
-    assert values["stop_ids"] == sorted(renderer.stop_ids)
+    assert values["stop_ids"] == list(renderer.stop_ids)
     # Qwen3's template reads no clock.
     assert values["date"] is None
     assert "你是守塔人。" in (tmp_path / identity.FILE).read_text(encoding="utf-8")
@@ -70,11 +71,11 @@ def test_a_number_of_probes_at_most(renderer: Renderer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_prompts", [0, 1, 2])
 def test_check_counts_what_agrees(num_prompts: int, renderer: Renderer, tmp_path: Path) -> None:
     values = write(tmp_path, renderer, PROMPTS[:num_prompts])
-    assert identity.check(tmp_path, renderer, values["probes"]) == 3 + num_prompts
+    assert identity.check(tmp_path, renderer, probes=values["probes"]) == 3 + num_prompts
 
 
 def test_check_of_nothing(renderer: Renderer, tmp_path: Path) -> None:
-    assert identity.check(tmp_path, renderer, []) == 0
+    assert identity.check(tmp_path, renderer, probes=[]) == 0
 
 
 def changed(renderer: Renderer, how: str) -> Renderer:
@@ -94,7 +95,7 @@ def changed(renderer: Renderer, how: str) -> Renderer:
 def test_a_change_is_an_error(how: str, renderer: Renderer, tmp_path: Path) -> None:
     values = write(tmp_path, renderer)
     with pytest.raises(UserError) as caught:
-        identity.check(tmp_path, changed(renderer, how), values["probes"])
+        identity.check(tmp_path, changed(renderer, how), probes=values["probes"])
     error = caught.value
     assert (error.key, error.where) == ("probe_differs", str(tmp_path / "truetune.json"))
     assert error.values["number"] == 1
@@ -104,7 +105,7 @@ def test_an_error_names_probe_and_token(renderer: Renderer, tmp_path: Path) -> N
     probes = write(tmp_path, renderer)["probes"]
     probes[3]["prompt_ids"][7] += 1
     with pytest.raises(UserError) as caught:
-        identity.check(tmp_path, renderer, probes)
+        identity.check(tmp_path, renderer, probes=probes)
     assert caught.value.values == {"number": 4, "at": 7}
 
 
@@ -113,7 +114,7 @@ def test_a_prompt_that_goes_on_or_ends_early_is_an_error(renderer: Renderer, tmp
     ids = probes[0]["prompt_ids"]
     for trained, at in ((ids[:-1], len(ids) - 1), ([*ids, 3], len(ids))):
         with pytest.raises(UserError) as caught:
-            identity.check(tmp_path, renderer, [{**probes[0], "prompt_ids": trained}])
+            identity.check(tmp_path, renderer, probes=[{**probes[0], "prompt_ids": trained}])
         assert caught.value.values == {"number": 1, "at": at}
 
 
@@ -121,29 +122,18 @@ def test_a_foreign_adapter_has_no_probes(tmp_path: Path) -> None:
     assert identity.read(tmp_path) is None
 
 
-@dataclass(frozen=True)
-class ClockRenderer:
-    """Renders as a template that writes the date does."""
-
-    date: str
-    system: str | None = None
-    template_hash: str = "0"
-    stop_ids: frozenset[int] = frozenset({3, 1})
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    reads_clock: bool = True
-
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        return [ord(char) for char in self.date + messages[0]["content"]]
-
-
-def test_the_date_of_a_template_that_writes_it_is_kept(tmp_path: Path) -> None:
-    renderer: Any = ClockRenderer("2026-01-02")
-    values = write(tmp_path, renderer)
-    assert (values["date"], values["stop_ids"]) == ("2026-01-02", [1, 3])
-    assert identity.check(tmp_path, replace(renderer, date=values["date"]), values["probes"]) == 5
+def test_the_date_of_a_template_that_writes_it_is_kept(qwen_tokenizer: Any, tmp_path: Path) -> None:
+    clocked = copy(qwen_tokenizer)
+    clocked.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + qwen_tokenizer.chat_template
+    values = write(tmp_path, build_renderer(clocked, [151645], date="2026-01-02"))
+    assert values["date"] == "2026-01-02"
+    assert qwen_tokenizer.decode(values["probes"][0]["prompt_ids"]).startswith("2026-01-02<|im_start|>")
+    assert (
+        identity.check(tmp_path, build_renderer(clocked, [151645], date=values["date"]), probes=values["probes"]) == 5
+    )
     with pytest.raises(UserError) as caught:
-        identity.check(tmp_path, replace(renderer, date="2026-01-03"), values["probes"])
-    assert caught.value.values == {"number": 1, "at": 9}
+        identity.check(tmp_path, build_renderer(clocked, [151645], date="2026-01-03"), probes=values["probes"])
+    assert (caught.value.key, caught.value.values["number"]) == ("probe_differs", 1)
 
 
 def test_the_file_is_strict_json(renderer: Renderer, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def adapter_of(loop: Loop) -> dict[str, torch.Tensor]:
 def test_each_row_once_an_epoch(num_rows: int, batch_size: int) -> None:
     """An epoch holds every row once, its last batch is what is left, and epochs differ in order."""
     per_epoch = math.ceil(num_rows / batch_size)
-    taken = list(itertools.islice(batches(num_rows, batch_size, 3), 2 * per_epoch))
+    taken = list(itertools.islice(batches(num_rows, batch_size, seed=3), 2 * per_epoch))
     epochs = [np.concatenate([rows for _, rows in taken[at : at + per_epoch]]) for at in (0, per_epoch)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * 2
     assert len(taken[per_epoch - 1][1]) == (num_rows - 1) % batch_size + 1
@@ -52,11 +52,11 @@ def test_each_row_once_an_epoch(num_rows: int, batch_size: int) -> None:
 
 def test_order_is_a_function_of_seed_and_step() -> None:
     """Started at any step, the order goes on as if it had never stopped; another seed gives another order."""
-    whole = [list(rows) for _, rows in itertools.islice(batches(10, 4, 3), 9)]
+    whole = [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=3), 9)]
     for start in range(9):
-        rest = [list(rows) for _, rows in itertools.islice(batches(10, 4, 3, start=start), 9 - start)]
+        rest = [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=3, start=start), 9 - start)]
         assert rest == whole[start:]
-    assert whole != [list(rows) for _, rows in itertools.islice(batches(10, 4, 4), 9)]
+    assert whole != [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=4), 9)]
 
 
 def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,39 @@ def test_data_and_model_are_needed(flags: dict[str, Any], key: str, where: str) 
 
 
 def test_what_is_checked_is_what_will_be_trained(
-    tiny_qwen: Path, rows: list[dict[str, str]], write_json: Callable[..., Path]
+    tiny_qwen: Path,
+    qwen_tokenizer: Any,
+    rows: list[dict[str, str]],
+    write_json: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("truetune.preflight.load_tokenizer", lambda _folder: qwen_tokenizer)
     config = resolve({"data": [str(write_json(rows))], "model": str(tiny_qwen), "system": "Be exact."}).config
-    flight = preflight(config, Console(quiet=True), date="2026-01-02")
+    flight = preflight(config, Console(quiet=True))
     assert flight.base.folder == tiny_qwen
-    assert (flight.renderer.system, flight.renderer.date) == ("Be exact.", "2026-01-02")
+    assert flight.renderer.system == "Be exact."
     found = flight.prepared.report
     assert (found.rows_read, found.rows_used, found.rows_refused, found.rows_held_out) == (40, 40, 0, 8)
     assert len(flight.prepared.train) == 32
     shown = flight.renderer.tokenizer.decode(flight.prepared.train[0].pairs[0].prompt_ids)
     assert shown.startswith("<|im_start|>system\nBe exact.<|im_end|>\n<|im_start|>user\nWhat is ")
+
+
+@pytest.mark.parametrize(("template", "date"), [("{{ strftime_now('%Y') }}", "2026-01-02"), ("", None)])
+def test_the_date_reaches_a_template_that_writes_it(
+    template: str,
+    date: str | None,
+    tiny_qwen: Path,
+    qwen_tokenizer: Any,
+    rows: list[dict[str, str]],
+    write_json: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = copy(qwen_tokenizer)
+    tokenizer.chat_template = template + qwen_tokenizer.chat_template
+    monkeypatch.setattr("truetune.preflight.load_tokenizer", lambda _folder: tokenizer)
+    config = resolve({"data": [str(write_json(rows))], "model": str(tiny_qwen)}).config
+    flight = preflight(config, Console(quiet=True), date="2026-01-02")
+    assert flight.renderer.date == date
+    shown = tokenizer.decode(flight.prepared.train[0].pairs[0].prompt_ids)
+    assert shown.startswith("2026<|im_start|>" if template else "<|im_start|>")

@@ -153,12 +153,12 @@ def test_outcome_without_held_out_rows(run: RunDir) -> None:
 
 
 def test_runs_are_numbered(tmp_path: Path) -> None:
-    assert next_run_path("x/rows.json", "Qwen/Qwen3-4B", tmp_path) == tmp_path / "rows-Qwen3-4B-001"
+    assert next_run_path("x/rows.json", "Qwen/Qwen3-4B", root=tmp_path) == tmp_path / "rows-Qwen3-4B-001"
     (tmp_path / "rows-Qwen3-4B-001").mkdir()
     (tmp_path / "rows-Qwen3-4B-007").mkdir()
     (tmp_path / "other-Qwen3-4B-009").mkdir()
     (tmp_path / "rows-Qwen3-4B-new").mkdir()
-    assert next_run_path("rows.json", "Qwen/Qwen3-4B", tmp_path) == tmp_path / "rows-Qwen3-4B-008"
+    assert next_run_path("rows.json", "Qwen/Qwen3-4B", root=tmp_path) == tmp_path / "rows-Qwen3-4B-008"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_runs_are_numbered(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_runs_are_names_of_folders(data: str, model: str, name: str, tmp_path: Path) -> None:
-    path = next_run_path(data, model, tmp_path)
+    path = next_run_path(data, model, root=tmp_path)
     assert path == tmp_path / name
     path.mkdir()
-    assert next_run_path(data, model, tmp_path).name == name.replace("001", "002")
+    assert next_run_path(data, model, root=tmp_path).name == name.replace("001", "002")
 
 
 def test_runs_are_listed_oldest_first(tmp_path: Path) -> None:

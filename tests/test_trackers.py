@@ -100,7 +100,7 @@ def test_trackers_start_with_the_scalars_of_the_configuration(tmp_path: Path) ->
     config = resolve(
         {"data": ["d.json"], "model": "org/m", "lora_r": 4, "tracker_project": "p", "eval_split": 0}
     ).config
-    trackers.start(accelerator, config, tmp_path / "run-007")
+    trackers.start(accelerator, config, folder=tmp_path / "run-007")
     ((args, kwargs),) = accelerator.started
     assert args == ("p",)
     assert kwargs["init_kwargs"] == {
@@ -121,7 +121,7 @@ def test_trackers_start_with_the_scalars_of_the_configuration(tmp_path: Path) ->
 
 def test_an_experiment_may_have_a_name(tmp_path: Path) -> None:
     accelerator = Accelerator()
-    trackers.start(accelerator, Config(tracker_name="mine"), tmp_path)
+    trackers.start(accelerator, Config(tracker_name="mine"), folder=tmp_path)
     assert accelerator.started[0][1]["init_kwargs"]["swanlab"]["experiment_name"] == "mine"
 
 
@@ -152,7 +152,7 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     run = tmp_path / "run-001"
     project = ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tensorboard"))
     accelerator = RealAccelerator(log_with=["tensorboard"], project_config=project)
-    trackers.start(accelerator, resolve({"data": ["d.json"], "model": "org/m"}).config, run)
+    trackers.start(accelerator, resolve({"data": ["d.json"], "model": "org/m"}).config, folder=run)
     for step in (1, 2):
         trackers.log(accelerator, STEP | {"step": step, "loss": 2.0 / step}, every=1)
     trackers.log(accelerator, EVAL | {"step": 2}, every=1)
@@ -190,7 +190,7 @@ from truetune.config import resolve
 folder = Path(sys.argv[1])
 accelerator = Accelerator(log_with=["swanlab"])
 flags = {"data": ["d.json"], "model": "org/m", "tracker_project": "our-project"}
-trackers.start(accelerator, resolve(flags).config, folder)
+trackers.start(accelerator, resolve(flags).config, folder=folder)
 for event in json.loads(sys.argv[2]):
     trackers.log(accelerator, event, every=1)
 accelerator.end_training()

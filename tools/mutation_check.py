@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "1 loss divided by each forward's own tokens",
         "engine/step.py",
-        "forward_loss(model, forward, pad_id) / num_learned_tokens",
-        "forward_loss(model, forward, pad_id) / sum(len(pair.answer_ids) for pair in forward)",
+        "forward_loss(model, forward, pad_id=pad_id) / num_learned_tokens",
+        "forward_loss(model, forward, pad_id=pad_id) / sum(len(pair.answer_ids) for pair in forward)",
         "tests/engine/test_step.py",
     ),
     Mutant("gradient doubled", "engine/step.py", "backward(loss)", "backward(2 * loss)", "tests/engine/test_step.py"),
@@ -57,7 +57,7 @@ MUTANTS = (
     Mutant(
         "dropout not reseeded",
         "engine/step.py",
-        "torch.manual_seed(dropout_seed(*seeds, number))",
+        "torch.manual_seed(dropout_seed(*seeds, forward=number))",
         "pass",
         "tests/test_loop.py",
     ),

@@ -46,7 +46,7 @@ class Assembly:
     state: State
 
 
-def assemble(settings: Settings, flight: Preflight, folder: Path, console: Console) -> Assembly:
+def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Console) -> Assembly:
     """Load the model and put the loop together. `folder`: the run's, where trackers may write.
 
     Raises: UserError if the weights or the LoRA targets do not fit.
@@ -125,7 +125,7 @@ def _choose(settings: Settings, flight: Preflight, model: Any) -> tuple[Settings
         tokens = max(int(chosen.get("max_tokens_per_forward", config.max_tokens_per_forward)), prepared.report.longest)
         chosen["gradient_checkpointing"] = choose_checkpointing(model, tokens)
     if config.eval_steps == "auto":
-        chosen["eval_steps"] = choose_eval_steps(steps, num_trained_rows, len(held_out))
+        chosen["eval_steps"] = choose_eval_steps(steps, num_trained_rows=num_trained_rows, num_rows=len(held_out))
     if config.save_steps == "auto":
         chosen["save_steps"] = max(-(-steps // SAVES_PER_RUN), 1)
     return settings.with_chosen(**chosen), held_out

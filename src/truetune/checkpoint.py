@@ -30,7 +30,7 @@ from truetune.rundir import to_json, write_atomic
 MANIFEST = "manifest.json"
 
 
-def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
     """Write PEFT's adapter files; `base_name` (hub id or absolute path) becomes base_model_name_or_path."""
     # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
     model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -50,13 +50,13 @@ class State:
     identity: Mapping[str, str]
 
 
-def save(folder: Path, step: int, state: State, *, write_extra: Callable[[Path], None]) -> Path:
+def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path], None]) -> Path:
     """Write `folder`/checkpoint-<step> and return it. `write_extra`: adds files (tokenizer, probes) before sealing."""
     target = folder / f"checkpoint-{step:06d}"
     staging = folder / f".tmp-{target.name}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_adapter(state.model, staging, state.identity["base"])
+    save_adapter(state.model, staging, base_name=state.identity["base"])
     write_extra(staging)
     tensors, groups = _flatten(state.optimizer.state_dict())
     save_file(tensors, str(staging / "optimizer.safetensors"))

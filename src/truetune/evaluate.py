@@ -35,7 +35,7 @@ def limit_rows(rows: Sequence[Row], num_trained_rows: int) -> Sequence[Row]:
     return rows[: max(affordable, MIN_ROWS)]
 
 
-def choose_eval_steps(num_steps: int, num_trained_rows: int, num_rows: int) -> int:
+def choose_eval_steps(num_steps: int, *, num_trained_rows: int, num_rows: int) -> int:
     """Return the steps between evaluations: as many as MAX_SHARE pays for, 1 to MAX_EVALUATIONS in a run."""
     if num_rows == 0:
         return num_steps

@@ -36,7 +36,7 @@ class Sampling:
 
 
 def answers(
-    model: Any, renderer: Renderer, prompts: Sequence[Sequence[Message]], sampling: Sampling, *, batch_size: int = 8
+    model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 8
 ) -> list[str]:
     """Return the answer to each of `prompts` (lists of messages), computed in batches padded on the left."""
     texts: list[str] = []
@@ -52,7 +52,7 @@ def answers(
     return texts
 
 
-def stream(model: Any, renderer: Renderer, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+def stream(model: Any, renderer: Renderer, *, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
     """Yield the answer to `messages` piece by piece; an empty thinking block at its start is left out.
 
     Closing the iterator (Ctrl-C) stops the model at its next token.

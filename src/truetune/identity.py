@@ -27,7 +27,7 @@ FIXED_PROBES: tuple[list[Message], ...] = (
 )
 
 
-def write(folder: Path, renderer: Renderer, prompts: Sequence[Sequence[Message]], base: dict[str, str]) -> None:
+def write(folder: Path, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], base: dict[str, str]) -> None:
     """Write truetune.json: how prompts are rendered, on what base, and probes that prove it."""
     chosen = [*FIXED_PROBES, *map(list, prompts)][:NUM_PROBES]
     values = {
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     return values
 
 
-def check(folder: Path, renderer: Renderer, probes: Sequence[dict[str, Any]]) -> int:
+def check(folder: Path, renderer: Renderer, *, probes: Sequence[dict[str, Any]]) -> int:
     """Render every probe and compare; return how many agreed.
 
     Raises: UserError at the first probe whose prompt ids differ from those of training.

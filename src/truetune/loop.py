@@ -35,7 +35,7 @@ class Plan:
     save_steps: int
 
 
-def batches(num_rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[tuple[float, np.ndarray]]:
+def batches(num_rows: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (epochs done after the step, row numbers) of each step for ever, from step `start` on.
 
     The order of an epoch is a function of (seed, epoch); its last, smaller batch is kept.
@@ -76,7 +76,7 @@ class Loop:
         if start == 0:
             yield from _evaluation(0, evaluate)
         self.model.train()
-        order = batches(len(rows), plan.batch_size, plan.seed, start=start)
+        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start)
         for step in range(start + 1, plan.num_steps + 1):
             epoch, numbers = next(order)
             yield self._step(step, epoch, [rows[number] for number in numbers])

@@ -21,7 +21,7 @@ from truetune.rundir import RunDir, to_json, write_atomic
 PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
-def write_start(run: RunDir, settings: Settings, flight: Preflight) -> None:
+def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
     """Make the run's folder: configuration, data, and what runs."""
     run.create()
     write_atomic(run.config, dump(settings.config))
@@ -68,7 +68,7 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of a step, then remove the oldest."""
     write_extra = partial(_write_use, flight=flight, base_name=state.identity["base"])
-    checkpoint.save(run.checkpoints, step, state, write_extra=write_extra)
+    checkpoint.save(run.checkpoints, step, state=state, write_extra=write_extra)
     checkpoint.prune(run.checkpoints, save_total_limit)
 
 
@@ -77,14 +77,14 @@ def _write_use(folder: Path, *, flight: Preflight, base_name: str) -> None:
     (folder / TEMPLATE_FILE).write_text(flight.renderer.chat_template, encoding="utf-8")
     rows = [*flight.prepared.held_out[: identity.NUM_PROBES], *flight.prepared.train[: identity.NUM_PROBES]]
     base = {"name": base_name, "fingerprint": flight.base.fingerprint}
-    identity.write(folder, flight.renderer, [row.prompt for row in rows], base)
+    identity.write(folder, flight.renderer, prompts=[row.prompt for row in rows], base=base)
 
 
-def write_adapter(run: RunDir, state: checkpoint.State, flight: Preflight) -> None:
+def write_adapter(run: RunDir, state: checkpoint.State, *, flight: Preflight) -> None:
     """Write adapter/, the result: PEFT's files, tokenizer, template, probes, card."""
     base_name = state.identity["base"]
     run.adapter.mkdir(exist_ok=True)
-    checkpoint.save_adapter(state.model, run.adapter, base_name)
+    checkpoint.save_adapter(state.model, run.adapter, base_name=base_name)
     flight.renderer.save_tokenizer(run.adapter)
     _write_use(run.adapter, flight=flight, base_name=base_name)
     card = {"base_model": base_name, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "sft"]}

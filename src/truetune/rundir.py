@@ -123,7 +123,7 @@ def outcome(run: RunDir) -> Run:
     return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
 
 
-def next_run_path(data: str, model: str, root: Path = Path("runs")) -> Path:
+def next_run_path(data: str, model: str, *, root: Path = Path("runs")) -> Path:
     """Return `runs/<data>-<model>-NNN` with the first free number."""
     stem = "-".join(re.sub(r"[^\w.]+", "-", Path(name).stem or "data").strip("-") for name in (data, model))
     numbers = [int(path.name[-3:]) for path in root.glob(f"{stem}-[0-9][0-9][0-9]")]

@@ -20,7 +20,7 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError("extra_missing", where=f"report_to: {name}", fix="extra_missing", extra=name)
 
 
-def start(accelerator: Any, config: Config, folder: Path) -> None:
+def start(accelerator: Any, config: Config, *, folder: Path) -> None:
     """Start the trackers that `accelerator` was made with; what they write lies under `folder`."""
     scalars = {key: value for key, value in config.model_dump().items() if isinstance(value, str | int | float | bool)}
     name = config.tracker_name or folder.name

@@ -34,12 +34,12 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     require_usable(flight.prepared.report, skip_invalid=config.invalid == "skip")
     console.say("train.first_example")
     console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
-    assembly = assemble(settings, flight, path, console)
+    assembly = assemble(settings, flight, folder=path, console=console)
     start = _resume(run, assembly, console)
-    write_start(run, assembly.settings, flight)
+    write_start(run, assembly.settings, flight=flight)
     with recorded_state(run):
         _take_steps(run, assembly, flight, console, start=start)
-        write_adapter(run, assembly.state, flight)
+        write_adapter(run, assembly.state, flight=flight)
     result = outcome(run)
     console.say("train.done", path=run.adapter)
     console.say("train.chat", path=path)
@@ -65,7 +65,7 @@ def _take_steps(run: RunDir, assembly: Assembly, flight: Preflight, console: Con
     save = partial(
         save_checkpoint, run=run, state=assembly.state, flight=flight, save_total_limit=config.save_total_limit
     )
-    trackers.start(assembly.accelerator, config, run.path)
+    trackers.start(assembly.accelerator, config, folder=run.path)
     with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
         for event in loop.run(flight.prepared.train, start=start, evaluate=assembly.evaluate, save=save):
             record(run, event)

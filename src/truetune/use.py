@@ -36,7 +36,7 @@ class Model:
     ) -> Iterator[str]:
         """Yield the answer piece by piece."""
         sampling = Sampling(max_new_tokens, temperature)
-        yield from stream(self.model, self.renderer, _as_messages(messages), sampling)
+        yield from stream(self.model, self.renderer, messages=_as_messages(messages), sampling=sampling)
 
     def answers(
         self, prompts: Sequence[str | Sequence[Message]], *, is_base: bool = False, max_new_tokens: int = 512
@@ -44,7 +44,12 @@ class Model:
         """Return the greedy answers to several prompts; `is_base`: without the adapter."""
         adapter_off = self.model.disable_adapter() if is_base else nullcontext()
         with adapter_off:
-            return answers(self.model, self.renderer, [*map(_as_messages, prompts)], Sampling(max_new_tokens))
+            return answers(
+                self.model,
+                self.renderer,
+                prompts=[*map(_as_messages, prompts)],
+                sampling=Sampling(max_new_tokens),
+            )
 
 
 def _as_messages(messages: str | Sequence[Message]) -> Sequence[Message]:
@@ -114,7 +119,7 @@ def _load_adapter(folder: Path, *, is_base: bool) -> Model:
         )
     else:
         renderer = build_renderer(tokenizer, eos_ids(base.folder))
-    num_probes = identity.check(folder, renderer, known["probes"]) if known else None
+    num_probes = identity.check(folder, renderer, probes=known["probes"]) if known else None
     model = load_base(base, choose_dtype()[0])
     return Model(str(folder), _ready(model if is_base else load_adapter(model, folder)), renderer, num_probes)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from truetune.cli import run
 from truetune.model import load_tokenizer
 from truetune.rundir import RunDir
-
-load_once = cache(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ CASES = (
     Case(model_missing, "no such model", "没有这个模型"),
     Case(gguf_missing, "no such model", "没有这个模型"),
     Case(model_without_config, "no config.json", "没有 config.json"),
-    Case(model_pickled, "only pickled weights (pytorch_model.bin)", "只有 pickle 权重（pytorch_model.bin）"),
+    Case(model_pickled, "only pickled weights (pytorch_model.bin)", "pytorch_model.bin"),
     Case(model_without_weights, "no .safetensors file", "没有 .safetensors 文件"),
     Case(model_without_tokenizer, "no tokenizer", "没有分词器"),
     Case(hub_offline, "not in the cache", "缓存里没有"),
@@ -262,9 +260,19 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_qwen: Path, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(
+    tmp_path: Path,
+    tiny_qwen: Path,
+    qwen_tokenizer: Any,
+    rows: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Place:
     """A working folder of its own, the tokenizer loaded once, and no network."""
-    monkeypatch.setattr("truetune.preflight.load_tokenizer", load_once)
+
+    def load(folder: Path) -> Any:
+        return qwen_tokenizer if folder == tiny_qwen else load_tokenizer(folder)
+
+    monkeypatch.setattr("truetune.preflight.load_tokenizer", load)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FORCE_COLOR", raising=False)

@@ -19,7 +19,7 @@ def _pair(prompt: int, answer: int) -> Pair:
 
 def _is_refused(pairs: list[Pair], max_length: int) -> bool:
     try:
-        check_lengths(WHERE, pairs, max_length)
+        check_lengths(WHERE, pairs, max_length=max_length)
     except RowError:
         return True
     return False
@@ -39,7 +39,7 @@ def test_at_below_and_above_the_limit(sizes: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize(("prompt", "answer"), [(6, 5), (1, 10), (10, 1), (300, 700)])
 def test_the_refusal_names_all_numbers(prompt: int, answer: int, assert_fault: Callable[..., None]) -> None:
     with pytest.raises(RowError) as caught:
-        check_lengths(WHERE, [_pair(2, 2), _pair(prompt, answer), _pair(3, 1)], 10)
+        check_lengths(WHERE, [_pair(2, 2), _pair(prompt, answer), _pair(3, 1)], max_length=10)
     numbers = {"length": prompt + answer, "prompt": prompt, "answer": answer, "max_length": 10}
     assert_fault(caught.value, "row_too_long", where=WHERE, **numbers)
     assert f"--max-length {prompt + answer};" in str(caught.value)
@@ -48,6 +48,6 @@ def test_the_refusal_names_all_numbers(prompt: int, answer: int, assert_fault: C
 def test_the_length_that_is_named_fits() -> None:
     pairs = [_pair(2, 2), _pair(8, 7), _pair(9, 2)]
     with pytest.raises(RowError) as caught:
-        check_lengths(WHERE, pairs, 4)
-    check_lengths(WHERE, pairs, caught.value.values["length"])
+        check_lengths(WHERE, pairs, max_length=4)
+    check_lengths(WHERE, pairs, max_length=caught.value.values["length"])
     assert _is_refused(pairs, caught.value.values["length"] - 1)

@@ -202,7 +202,7 @@ def test_cut_inside_a_character(tmp_path: Path, assert_fault: Callable[..., None
 
 
 HARD = {
-    "nested too deeply": ('[{"a":' + "[" * 100_000, "data_not_json"),
+    "nested too deeply": ('[{"a":' + "[" * 100_000 + "]" * 100_000 + "}]", "data_not_json"),
     "key twice and broken": ('[{"a":{"x":1,"x":2},"b":}]', "data_not_json"),
     "single object with a fault": ('{\n "a": 1,\n "b": ,\n "c": 2\n}', "data_not_json"),
 }

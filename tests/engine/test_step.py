@@ -95,5 +95,5 @@ def test_forwards_hold_every_pair_once(lengths: list[int], max_tokens: int) -> N
 
 def test_dropout_seeds_differ() -> None:
     """Every (seed, step, forward) has a seed of its own."""
-    seeds = {dropout_seed(a, b, c) for a in range(5) for b in range(20) for c in range(5)}
+    seeds = {dropout_seed(a, b, forward=c) for a in range(5) for b in range(20) for c in range(5)}
     assert len(seeds) == 500

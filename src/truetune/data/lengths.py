@@ -8,7 +8,7 @@ from truetune.errors import RowError
 from truetune.records import Pair
 
 
-def check_lengths(where: str, pairs: Sequence[Pair], max_length: int) -> None:
+def check_lengths(where: str, pairs: Sequence[Pair], *, max_length: int) -> None:
     """Refuse a row of which a pair is longer than `max_length` tokens.
 
     Raises: RowError with both numbers and the length that would fit.

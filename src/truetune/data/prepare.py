@@ -139,7 +139,7 @@ def _to_row(raw: RawRow | RowError, index: int, config: Config, renderer: Render
         raise raw
     conversation = to_conversation(raw, input_join=config.input_join)
     pairs = renderer.pairs(conversation, last_turn_only=config.train_on == "last_turn")
-    check_lengths(raw.where, pairs, config.max_length)
+    check_lengths(raw.where, pairs, max_length=config.max_length)
     prompt, answer = _last_turn(conversation)
     return Row(index, raw.where, tuple(pairs), prompt, answer)
 

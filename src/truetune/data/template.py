@@ -55,7 +55,7 @@ class Renderer:
     """A tokenizer with its template, and all that changes what is rendered.
 
     `stop_ids`: ids that end a turn (generation_config's, then the tokenizer's). `system`: for conversations without a
-    system message. `template_kwargs`: passed to the template. `date`: what its clock was frozen at (ISO), if it has one.
+    system message. `template_kwargs`: passed to the template. `date`: what its clock is frozen at (ISO), if it has one.
     """
 
     tokenizer: Any

@@ -59,7 +59,7 @@ def collate(forward: Forward, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids_BT, labels_BT
 
 
-def forward_loss(model: Any, forward: Forward, pad_id: int) -> torch.Tensor:
+def forward_loss(model: Any, forward: Forward, *, pad_id: int) -> torch.Tensor:
     """Return the summed cross-entropy (fp32, nats) over the learned tokens of one forward.
 
     The logits at position t predict token t + 1, so labels are shifted left by one and the last position goes:
@@ -94,8 +94,8 @@ def train_step(
     num_learned_tokens = sum(len(pair.answer_ids) for pair in pairs)
     loss_sum = 0.0
     for number, forward in enumerate(forwards):
-        torch.manual_seed(dropout_seed(*seeds, number))
-        loss = forward_loss(model, forward, pad_id) / num_learned_tokens
+        torch.manual_seed(dropout_seed(*seeds, forward=number))
+        loss = forward_loss(model, forward, pad_id=pad_id) / num_learned_tokens
         backward(loss)
         loss_sum += loss.item()
     return StepResult(loss_sum, num_learned_tokens, _num_padded_tokens(forwards))
@@ -107,13 +107,15 @@ def held_out_loss(model: Any, pairs: Sequence[Pair], *, max_tokens: int, pad_id:
     was_training = model.training
     model.eval()
     try:
-        loss_sum = sum(forward_loss(model, forward, pad_id).item() for forward in split_forwards(pairs, max_tokens))
+        loss_sum = sum(
+            forward_loss(model, forward, pad_id=pad_id).item() for forward in split_forwards(pairs, max_tokens)
+        )
     finally:
         model.train(was_training)
     return float(loss_sum) / sum(len(pair.answer_ids) for pair in pairs)
 
 
-def dropout_seed(seed: int, step: int, forward: int) -> int:
+def dropout_seed(seed: int, step: int, *, forward: int) -> int:
     """Return the seed of one forward: a function of its place in the run, so that no RNG state is ever saved."""
     return int(np.random.SeedSequence([seed, step, forward]).generate_state(1, np.uint64)[0] >> 1)
 
