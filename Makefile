@@ -11,7 +11,8 @@ demo: .venv/installed ## the whole story, from nothing: install, train a small m
 	$(BIN)/truetune demo
 
 test: .venv/installed-dev ## every test, real weights included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/installed-dev ## format, lint, types, architecture, generated docs, fast tests
 	$(BIN)/ruff format --check --quiet .
@@ -19,7 +20,7 @@ check: .venv/installed-dev ## format, lint, types, architecture, generated docs,
 	$(BIN)/mypy
 	$(BIN)/python tools/check_architecture.py
 	$(BIN)/python tools/generate_docs.py --check
-	$(BIN)/python -m pytest -m "not slow" --doctest-modules src tests
+	$(BIN)/python -m pytest -n 2 -m "not slow" --doctest-modules src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py

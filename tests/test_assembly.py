@@ -83,6 +83,7 @@ def test_checkpointing_changes_no_gradient(
         assert one == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_identity_changes_with_what_is_computed(
     write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_identity_changes_with_what_is_computed(
         assert identity(**{key: value})["config"] != base["config"], key
 
 
+@pytest.mark.slow
 def test_huanhuan_recipe_is_the_notebooks(shared: Path, tiny_qwen: Path) -> None:
     """Value for value, and 351 steps on the real rows."""
     values, _ = load_yaml(EXAMPLES / "huanhuan.yaml")

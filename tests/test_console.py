@@ -67,6 +67,18 @@ def test_without_a_terminal_there_is_no_colour_and_no_wrapping(capsys: pytest.Ca
     assert (out.count(LONG), err.count(LONG)) == (6, 1)
 
 
+def test_a_line_longer_than_any_screen_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    console, line = Console(), "word " * 50_000 + "end"
+    console.write(line)
+    console.say("train.done", path=line)
+    console.pair_view(Letters(), pair(line, "answer"))
+    assert [len(found) for found in capsys.readouterr().out.splitlines()] == [
+        len(line),
+        len(line) + len("Adapter: "),
+        len(line) + len("⟦answer⟧"),
+    ]
+
+
 def test_without_a_terminal_a_status_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with Console().status("status.load_use", name="m"):
         assert capsys.readouterr().out == "Loading m\n"

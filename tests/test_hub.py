@@ -263,6 +263,27 @@ def test_without_network_the_answer_comes_quickly(monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("reachable", "offline", "local_only"), [(True, False, False), (False, False, True), (True, True, True)]
+)
+def test_the_library_is_told_whether_there_is_a_network(
+    reachable: bool, offline: bool, local_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot_download(name: str, **kwargs: Any) -> str:
+        calls.append((name, kwargs))
+        return "/cache/org/tiny"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "can_connect", lambda _endpoint: reachable)
+    assert hub.fetch(MODEL, revision="v2", hub="huggingface") == Path("/cache/org/tiny")
+    ((name, kwargs),) = calls
+    told = {key: kwargs[key] for key in ("revision", "allow_patterns", "local_files_only")}
+    assert (name, told) == (MODEL, {"revision": "v2", "allow_patterns": hub.PATTERNS, "local_files_only": local_only})
+
+
 def test_no_pattern_lets_code_or_pickles_through() -> None:
     assert {pattern.removeprefix("*.") for pattern in hub.PATTERNS} == {"json", "safetensors", "jinja", "model", "txt"}
 

@@ -181,11 +181,12 @@ def test_names_of_runs_are_names_of_folders(data: str, model: str, name: str, tm
 
 def test_runs_are_listed_oldest_first(tmp_path: Path) -> None:
     make_run(tmp_path / "a", started="2026-03-01T00:00:00+00:00")
-    make_run(tmp_path / "c", started="2026-01-01T00:00:00+00:00")
-    make_run(tmp_path / "b", started="2026-01-01T00:00:00+00:00")
+    same = ["g", "c", "f", "b", "e", "h"]
+    for name in same:
+        make_run(tmp_path / name, started="2026-01-01T00:00:00+00:00")
     make_run(tmp_path / "d")
     (tmp_path / "no-run").mkdir()
-    assert [run.path.name for run in list_runs(tmp_path)] == ["d", "b", "c", "a"]
+    assert [run.path.name for run in list_runs(tmp_path)] == ["d", *sorted(same), "a"]
     assert list_runs(tmp_path / "missing") == []
 
 

@@ -17,6 +17,8 @@ import pytest
 from truetune.cli import run
 from truetune.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 KEYS = ["--batch-size", "8", "--lora-dropout", "0.1", "--learning-rate", "1e-2", "--save-steps", "2"]
 
 

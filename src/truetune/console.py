@@ -70,7 +70,7 @@ class Console:
 
     def pair_view(self, tokenizer: Any, pair: Pair) -> None:
         """Print one pair: the prompt dim, what is learned green; between ⟦ ⟧ where there is no colour."""
-        view = Text(tokenizer.decode(pair.prompt_ids), style=PROMPT_STYLE)
+        view = Text().append(tokenizer.decode(pair.prompt_ids), style=PROMPT_STYLE)
         before, after = ("", "") if self.is_terminal else LEARNED_MARKS
         view.append(before + tokenizer.decode(pair.answer_ids) + after, style=LEARNED_STYLE)
         self._out.print(view)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune.engine.step import collate, dropout_seed, forward_loss, held_out_loss, split_forwards, train_step
-from truetune.model import Base, load_base
+from truetune.model import Base, add_lora, load_base
 from truetune.records import IGNORE_INDEX, Pair
 
 PAIRS = [Pair((1, 2, 3), (4, 2)), Pair((5,), (6, 7, 8, 2)), Pair((1, 2, 3, 4, 5, 6), (2,)), Pair((9, 9), (9, 9, 2))]
@@ -97,3 +97,22 @@ def test_dropout_seeds_differ() -> None:
     """Every (seed, step, forward) has a seed of its own."""
     seeds = {dropout_seed(a, b, forward=c) for a in range(5) for b in range(20) for c in range(5)}
     assert len(seeds) == 500
+
+
+def test_evaluation_is_without_dropout(tiny_qwen: Path) -> None:
+    """Twice the same, although the model is in training and its dropout is heavy (E10)."""
+    lora = add_lora(
+        load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32"),
+        r=4,
+        alpha=8,
+        dropout=0.5,
+        targets=["all-linear"],
+        seed=0,
+    ).train()
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    losses = [held_out_loss(lora, PAIRS, max_tokens=100, pad_id=0) for _ in range(2)]
+    assert losses[0] == losses[1]
+    drawn = [forward_loss(lora, PAIRS, pad_id=0).item() for _ in range(2)]
+    assert drawn[0] != drawn[1]
