@@ -28,6 +28,9 @@ def test_train_check_load(
     assert run.eval_loss_before is not None
     assert run.eval_loss_after is not None
     assert isinstance(truetune.load(run.path).chat("What is 1 plus 1?", max_new_tokens=3), str)
+    # Again in the same process: loading the module of the story must not replace the function.
+    again = truetune.train(path, model=str(tiny_qwen), max_steps=2, output_dir=str(tmp_path / "again"))
+    assert again.loss == run.loss
 
 
 def test_unknown_key_is_refused_with_a_suggestion(tiny_qwen: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -305,6 +306,10 @@ class ModelScope:
         return self.folder
 
 
+class HubError(Exception):
+    """The base of modelscope_hub's errors (1.40), none of which is a ValueError or an OSError by itself."""
+
+
 def install(monkeypatch: pytest.MonkeyPatch, package: ModelScope | None, *, online: bool = True) -> list[str]:
     """Put the package in place, and return the list of endpoints that will be tried."""
     tried: list[str] = []
@@ -313,7 +318,11 @@ def install(monkeypatch: pytest.MonkeyPatch, package: ModelScope | None, *, onli
         tried.append(endpoint)
         return online
 
+    errors = types.ModuleType("modelscope_hub.errors")
+    errors.HubError = HubError  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modelscope", package)
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None if package is None else types.ModuleType("modelscope_hub"))
+    monkeypatch.setitem(sys.modules, "modelscope_hub.errors", None if package is None else errors)
     monkeypatch.setattr(hub, "can_connect", can_connect)
     return tried
 
@@ -338,9 +347,28 @@ def test_modelscope_is_asked_rightly(revision: str, asked: str, online: bool, mo
     assert tried == ["https://modelscope.cn"]
 
 
+@pytest.mark.parametrize("error", [ValueError("Cannot find the requested files"), HubError("404"), OSError("reset")])
 @pytest.mark.parametrize(("online", "key"), [(True, "hub_refused"), (False, "hub_offline")])
-def test_what_modelscope_refuses(online: bool, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, ModelScope(error=ValueError("Cannot find the requested files")), online=online)
+def test_what_modelscope_refuses(online: bool, key: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, ModelScope(error=error), online=online)
     with pytest.raises(UserError) as caught:
         hub.fetch(MODEL, revision="main", hub="modelscope")
     assert (caught.value.key, caught.value.where) == (key, MODEL)
+
+
+@pytest.mark.parametrize("name", ["my models/qwen", "a/b c", "x/-y"])
+def test_names_that_no_hub_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "can_connect", lambda _endpoint: False)
+    with pytest.raises(UserError) as caught:
+        hub.fetch(name, revision="main", hub="huggingface")
+    assert caught.value.key == "model_missing"
+
+
+def test_no_proxy_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.setenv("no_proxy", "")
+        assert not hub.can_connect(endpoint)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert hub.can_connect(endpoint)

@@ -223,3 +223,17 @@ def test_swanlab_offline_writes_into_the_run_without_network(tmp_path: Path) -> 
     for name in (*SCALARS, "eval/loss"):
         assert name.encode() in written
     assert "lora_r" in (experiment / "files" / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not logged in"), ValueError("project name"), OSError("no network")])
+def test_tracker_that_cannot_start(error: Exception, tmp_path: Path) -> None:
+    """Its own error becomes a fault with a way out, before any step."""
+
+    class Refusing:
+        def init_trackers(self, *_: Any, **__: Any) -> None:
+            raise error
+
+    with pytest.raises(UserError) as caught:
+        trackers.start(Refusing(), Config(report_to=["swanlab"]), folder=tmp_path)
+    assert caught.value.key == "tracker_refused"
+    assert str(error) in str(caught.value)

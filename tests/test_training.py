@@ -177,3 +177,20 @@ def test_system_prompt_and_template_values_travel_with_the_run(data: Path, tiny_
     ids = {tuple(model.renderer.prompt_ids([{"role": "user", "content": f"What is {n} plus {n}?"}])) for n in range(40)}
     assert len(trained) == 8
     assert trained <= ids
+
+
+def test_run_with_its_own_evaluation_data_resumes(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Keys that name one fact in two ways (eval_data, per_device_...) do not look changed on resume."""
+    out = tmp_path / "out"
+    more = ["--eval-data", str(data), "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
+    words = ["train", str(data), "--model", str(tiny_qwen), "--output-dir", str(out), "--max-steps", "2", *more]
+    assert run(words) == 0
+    for again in (["train", "--resume", "--output-dir", str(out)], [*words, "--resume"]):
+        RunDir(out).write_info(state="running")
+        assert run(again) == 0
+
+
+def test_machine_faults_exit_3(data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that the system does not let us make: no traceback, the path, and what to check."""
+    assert run(arguments(data, tiny_qwen, Path("/proc/nothing/out"), "--max-steps", "1")) == 3
+    assert "/proc/nothing" in capsys.readouterr().err

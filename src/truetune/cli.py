@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
-from truetune.config import Config, language, unknown_key
-from truetune.errors import Interrupted, TruetuneError, UserError
+from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
+from truetune.errors import Interrupted, MachineError, TruetuneError, UserError
 from truetune.messages import text
 
 COMMANDS = ("train", "check", "chat", "runs", "env", "demo")
@@ -25,7 +27,8 @@ class Program(click.Group):
         settings = {"token_normalize_func": _normalise, "help_option_names": ["-h", "--help"]}
         super().__init__("truetune", help=text("help.program", lang), context_settings=settings)
         self.lang = lang
-        self.params.append(click.Option(["--lang"], help=text("field.lang", lang), metavar="VALUE", expose_value=False))
+        choice = click.Choice(["auto", *LANGUAGES])
+        self.params.append(click.Option(["--lang"], type=choice, help=text("field.lang", lang), expose_value=False))
         self.params.append(click.Option(["--debug"], is_flag=True, help=text("help.debug", lang), expose_value=False))
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -47,8 +50,8 @@ class Program(click.Group):
 
 
 def _normalise(token: str) -> str:
-    """--learning_rate is --learning-rate."""
-    return token.replace("_", "-") if token.startswith("--") else token
+    """--learning_rate is --learning-rate (click hands the name over without its dashes)."""
+    return token.replace("_", "-")
 
 
 def config_options(lang: str, names: Sequence[str] | None = None) -> list[click.Parameter]:
@@ -91,14 +94,26 @@ def run(words: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _report(Interrupted(), lang, debug=debug)
     except click.NoSuchOption as error:
-        return _report(unknown_key(error.option_name, error.option_name), lang, debug=debug)
+        return _report(_unknown_option(error), lang, debug=debug)
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "truetune"
-        problem = error.format_message()
-        fault = UserError("usage", where=where, fix="usage", problem=problem, command=where)
+        command = " ".join(["truetune", *[word for word in words if word in COMMANDS][:1]])
+        fault = UserError("usage", where=command, fix="usage", problem=error.format_message(), command=command)
         return _report(fault, lang, debug=debug)
     except TruetuneError as error:
         return _report(error, lang, debug=debug)
+    except OSError as error:
+        where = str(error.filename or "truetune")
+        return _report(MachineError("machine", where=where, fix="machine", problem=error), lang, debug=debug)
+
+
+def _unknown_option(error: click.NoSuchOption) -> UserError:
+    """Return the fault, with the nearest of the command's own options."""
+    if error.possibilities:
+        near = sorted(error.possibilities)[0]
+        return UserError(
+            "config_unknown_key", where=error.option_name, fix="config_did_you_mean", name=error.option_name, near=near
+        )
+    return unknown_key(error.option_name, error.option_name)
 
 
 def _hoisted(words: Sequence[str]) -> list[str]:
@@ -116,15 +131,27 @@ def _hoisted(words: Sequence[str]) -> list[str]:
 
 
 def _lang(words: Sequence[str]) -> str:
-    """Return the language: --lang, else the locale's.
+    """Return the language: --lang, else `lang` in the file after --config, else the locale's.
 
     >>> _lang(["runs", "--lang", "zh"])
     'zh'
     """
-    front = _hoisted(words)
-    values = [word.partition("=")[2] for word in front if word.startswith("--lang=")]
-    values += [front[number + 1] for number, word in enumerate(front) if word == "--lang"]
-    return language(values[-1]) if values and values[-1] in ("en", "zh") else language()
+    chosen = _value_of("--lang", words)
+    file = _value_of("--config", words)
+    if chosen is None and file is not None:
+        try:
+            chosen = load_yaml(Path(file))[0].get("lang")
+        except TruetuneError:
+            # Reported when the command reads it.
+            chosen = None
+    return language(chosen) if chosen in LANGUAGES else language()
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """Return the last value given to an option, as `--x value` or `--x=value`."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    values += [value for word, value in itertools.pairwise(words) if word == option]
+    return values[-1] if values else None
 
 
 def _report(error: TruetuneError, lang: str, *, debug: bool) -> int:

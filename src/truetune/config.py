@@ -27,7 +27,10 @@ def _split_words(value: Any) -> Any:
 
 def _parse_mapping(value: Any) -> Any:
     """`--chat-template-kwargs '{enable_thinking: false}'`: YAML or JSON text makes a mapping."""
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {getattr(error, 'problem', error)}") from None
 
 
 def _no_bool(value: Any) -> Any:
@@ -43,6 +46,10 @@ Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(gt=0)]
 AutoInt = Literal["auto"] | PositiveInt
+
+
+LANGUAGES = ("en", "zh")
+PER_DEVICE_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 class Config(BaseModel):
@@ -138,7 +145,10 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     if not path.is_file():
         raise UserError("config_missing", where=str(path), fix="config_missing")
-    source = path.read_text(encoding="utf-8")
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("data_not_utf8", where=str(path), fix="data_not_utf8", byte=error.start, path=path) from None
     try:
         loader = _Loader(source)
         loader.name = str(path)
@@ -172,20 +182,41 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Settin
         config = Config(**values)
     except ValidationError as error:
         raise _as_user_errors(error, origins) from None
-    _check_together(config, origins)
-    return Settings(config, {key: origins.get(key, "default") for key in Config.model_fields})
+    faults = _contradictions(config, origins)
+    if faults:
+        raise UserErrors(faults)
+    for key in PER_DEVICE_KEYS:
+        if values.get(key) is not None:
+            origins["batch_size"] = origins.pop(key)
+    return Settings(_effective(config), {key: origins.get(key, "default") for key in Config.model_fields})
 
 
-def _check_together(config: Config, origins: Mapping[str, str]) -> None:
-    """Refuse keys that contradict each other."""
-    per_device = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(origins)
+def _effective(config: Config) -> Config:
+    """Return the configuration with one value for each fact: rows of a step, and where held-out rows come from."""
+    return config.model_copy(
+        update={
+            "batch_size": config.rows_per_step,
+            "per_device_train_batch_size": None,
+            "gradient_accumulation_steps": None,
+            "eval_split": 0.0 if config.eval_data else config.eval_split,
+        }
+    )
+
+
+def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserError]:
+    """Return a fault for each pair of keys that contradict each other."""
+    faults = []
+    per_device = {key for key in PER_DEVICE_KEYS if getattr(config, key) is not None}
     if "batch_size" in origins and per_device and config.batch_size != config.rows_per_step:
         names = ", ".join(sorted(per_device))
-        raise UserError(
-            "config_batch_size_twice", where=origins["batch_size"], fix="config_batch_size_twice", names=names
+        faults.append(
+            UserError(
+                "config_batch_size_twice", where=origins["batch_size"], fix="config_batch_size_twice", names=names
+            )
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
-        raise UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice")
+        faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
+    return faults
 
 
 def _as_user_errors(error: ValidationError, origins: Mapping[str, str]) -> UserErrors:
@@ -215,12 +246,7 @@ def unknown_key(key: str, where: str) -> UserError:
 
 def dump(config: Config) -> str:
     """Return the configuration as YAML that `resolve` loads again, every value in force."""
-    values = config.model_dump(mode="json")
-    if config.per_device_train_batch_size is not None or config.gradient_accumulation_steps is not None:
-        values["batch_size"] = config.rows_per_step
-    if config.eval_data:
-        values["eval_split"] = 0.0
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def cache_dir() -> Path:

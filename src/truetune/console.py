@@ -31,8 +31,8 @@ class Console:
         self.lang = lang
         self.is_terminal = sys.stdout.isatty()
         width = None if self.is_terminal else PLAIN_WIDTH
-        self._out = Rich(width=width, highlight=False, quiet=quiet, soft_wrap=not self.is_terminal)
-        self._err = Rich(width=width, highlight=False, stderr=True, soft_wrap=not sys.stderr.isatty())
+        self._out = Rich(width=width, highlight=False, emoji=False, quiet=quiet, soft_wrap=not self.is_terminal)
+        self._err = Rich(width=width, highlight=False, emoji=False, stderr=True, soft_wrap=not sys.stderr.isatty())
 
     def text(self, key: str, **values: Any) -> str:
         """Return a text of the catalogue."""
@@ -44,8 +44,9 @@ class Console:
 
     def write(self, piece: str, *, end: str = "\n") -> None:
         """Print text as it is: a model's answer, a table for other programs. Never read as markup."""
-        self._out.print(piece, end=end, markup=False, emoji=False)
-        self._out.file.flush()
+        if not self._out.quiet:
+            self._out.file.write(piece + end)
+            self._out.file.flush()
 
     def blank(self) -> None:
         """Print an empty line."""

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from truetune.errors import UserError
 
@@ -29,7 +29,7 @@ def fetch(name: str, *, revision: str, hub: str) -> Path:
 
 def _from_huggingface(name: str, revision: str) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # The program turns the library's own bars off; a download of gigabytes keeps one.
     arguments: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": _bar()}
@@ -38,6 +38,8 @@ def _from_huggingface(name: str, revision: str) -> Path:
         return Path(snapshot_download(name, local_files_only=not online, **arguments))
     except LocalEntryNotFoundError:
         raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=constants.ENDPOINT) from None
+    except HFValidationError as error:
+        raise UserError("model_missing", where=name, fix="model_missing") from error
     except HfHubHTTPError as error:
         raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error).splitlines()[0]) from None
 
@@ -56,13 +58,15 @@ def _bar() -> Any:
 def _from_modelscope(name: str, revision: str) -> Path:
     try:
         from modelscope import snapshot_download
+        from modelscope_hub.errors import HubError
     except ImportError:
         raise UserError("extra_missing", where="hub: modelscope", fix="extra_missing", extra="modelscope") from None
     revision = "master" if revision == "main" else revision
     online = can_connect(MODELSCOPE_ENDPOINT)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, local_files_only=not online))
-    except ValueError as error:
+    except (HubError, ValueError, OSError) as error:
+        # requests' own errors are OSErrors.
         if online:
             raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error)) from None
         raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=MODELSCOPE_ENDPOINT) from None
@@ -73,7 +77,9 @@ def can_connect(endpoint: str, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
 
     In a thread of its own, since looking up a name has no time limit.
     """
-    parts = urlsplit(getproxies().get(urlsplit(endpoint).scheme) or endpoint)
+    host = urlsplit(endpoint).hostname or ""
+    proxy = None if proxy_bypass(host) else getproxies().get(urlsplit(endpoint).scheme)
+    parts = urlsplit(proxy or endpoint)
     address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
     connected = threading.Event()
 

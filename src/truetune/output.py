@@ -48,12 +48,15 @@ def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
 @contextmanager
 def recorded_state(run: RunDir) -> Iterator[None]:
     """Write into run.json how what is done inside ended."""
+    state, problem = "failed", ""
     try:
         yield
+        state = "done"
     except TruetuneError as error:
-        run.write_info(state="stopped" if isinstance(error, Stopped) else "failed", error=str(error))
+        state, problem = "stopped" if isinstance(error, Stopped) else "failed", str(error)
         raise
-    run.write_info(state="done", error=None)
+    finally:
+        run.write_info(state=state, error=problem or None)
 
 
 def record(run: RunDir, event: Event) -> None:

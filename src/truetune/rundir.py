@@ -95,7 +95,7 @@ def _append(path: Path, value: dict[str, Any]) -> None:
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             value: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -125,9 +125,10 @@ def outcome(run: RunDir) -> Run:
 
 def next_run_path(data: str, model: str, *, root: Path = Path("runs")) -> Path:
     """Return `runs/<data>-<model>-NNN` with the first free number."""
-    stem = "-".join(re.sub(r"[^\w.]+", "-", Path(name).stem or "data").strip("-") for name in (data, model))
-    numbers = [int(path.name[-3:]) for path in root.glob(f"{stem}-[0-9][0-9][0-9]")]
-    return root / f"{stem}-{max(numbers, default=0) + 1:03d}"
+    names = (Path(data).stem, Path(model).name.removesuffix(".gguf"))
+    stem = "-".join(re.sub(r"[^\w.]+", "-", name).strip("-") or "data" for name in names)
+    tails = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
+    return root / f"{stem}-{max((int(tail) for tail in tails if tail.isdecimal()), default=0) + 1:03d}"
 
 
 def list_runs(root: Path) -> list[RunDir]:
@@ -142,6 +143,8 @@ def open_output(path: Path, *, resume: bool) -> RunDir:
     Raises: UserError if the folder holds another run or other files, or if there is nothing to resume.
     """
     run = RunDir(path)
+    if any(parent.exists() and not parent.is_dir() for parent in path.parents):
+        raise UserError("output_below_file", where=str(path), fix="output_other")
     if path.exists() and not path.is_dir():
         raise UserError("output_is_file", where=str(path), fix="output_other")
     if resume:

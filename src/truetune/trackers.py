@@ -21,11 +21,18 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def start(accelerator: Any, config: Config, *, folder: Path) -> None:
-    """Start the trackers that `accelerator` was made with; what they write lies under `folder`."""
+    """Start the trackers that `accelerator` was made with; what they write lies under `folder`.
+
+    Raises: UserError if a tracker refuses its settings or its login.
+    """
     scalars = {key: value for key, value in config.model_dump().items() if isinstance(value, str | int | float | bool)}
     name = config.tracker_name or folder.name
     swanlab = {"experiment_name": name, "logdir": str(folder / "swanlab")}
-    accelerator.init_trackers(config.tracker_project, config=scalars, init_kwargs={"swanlab": swanlab})
+    try:
+        accelerator.init_trackers(config.tracker_project, config=scalars, init_kwargs={"swanlab": swanlab})
+    except (RuntimeError, ValueError, OSError) as error:
+        names = ", ".join(config.report_to)
+        raise UserError("tracker_refused", where=f"report_to: {names}", fix="tracker_refused", problem=error) from error
 
 
 def log(accelerator: Any, event: Mapping[str, Any], *, every: int) -> None:

@@ -326,7 +326,7 @@ def test_a_refused_row_is_named_with_file_and_line(place: Place, capsys: pytest.
 def test_suggestions(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for prepare, near in (
         (config_unknown_key, "learning_rate"),
-        (flag_unknown, "learning_rate"),
+        (flag_unknown, "--learning-rate"),
         (data_misspelt, "data.json"),
     ):
         assert run(["train", *prepare(place)[0], "--lang", "en"]) == 2

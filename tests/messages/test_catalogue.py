@@ -28,7 +28,15 @@ DYNAMIC = ("field", "command", "dtype", "diagnosis", "column")
 # Looks like a key, and is none.
 NO_KEYS = {"train.arrow"}
 # The same in both languages: nothing in them is a word of either.
-SAME = {"error.usage", "error.lora_no_target", "fix.extra_missing", "label.python", "label.cpu", "label.gpu"}
+SAME = {
+    "error.machine",
+    "error.usage",
+    "error.lora_no_target",
+    "fix.extra_missing",
+    "label.python",
+    "label.cpu",
+    "label.gpu",
+}
 
 
 @cache

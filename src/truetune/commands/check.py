@@ -71,7 +71,7 @@ def _show(what: str, flight: Preflight, console: Console) -> None:
         show_refused(flight.prepared.report, console, limit=None)
     elif what == "longest":
         _show_rows(sorted(rows, key=lambda row: -max(map(len, row.pairs)))[:1], flight, console)
-    elif what.isdigit():
+    elif what.isdecimal() and what.isascii():
         _show_rows(sorted(rows, key=lambda row: row.index)[: int(what)], flight, console)
     else:
         raise UserError("show", where="--show", fix="show", value=what)

@@ -27,8 +27,7 @@ def command(lang: str) -> click.Command:
         from truetune.console import Console
         from truetune.training import train
 
-        chosen = settings.config.lang
-        train(settings, Console(lang if chosen == "auto" else chosen), resume=resume)
+        train(settings, Console(lang), resume=resume)
 
     return click.Command(
         "train",

@@ -292,6 +292,12 @@ TEXTS = {
     "fix.run_no_adapter": "Continue it: truetune train --resume --output-dir {path}",
     "error.several_devices": "{n} processes were started",
     "fix.several_devices": "Start one: several devices are not supported yet.",
+    "error.tracker_refused": "the tracker cannot start: {problem}",
+    "fix.tracker_refused": "Log in (swanlab login), or write to disk only: SWANLAB_MODE=offline; "
+    "project names use letters, digits and - _ . +",
+    "error.output_below_file": "a folder above it is a file",
+    "error.machine": "{problem}",
+    "fix.machine": "Check the disk, its free space and the permissions of this path.",
     "error.out_of_memory": "memory ran out",
     "fix.out_of_memory": "Close other programs, or take a smaller model.",
     "error.not_finite": "the loss is {loss}, the gradient norm {grad_norm}; the weights were not changed. Rows: {rows}",

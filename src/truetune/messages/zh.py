@@ -292,6 +292,12 @@ TEXTS = {
     "fix.run_no_adapter": "继续它：truetune train --resume --output-dir {path}",
     "error.several_devices": "启动了 {n} 个进程",
     "fix.several_devices": "请只启动一个：还不支持多个设备。",
+    "error.tracker_refused": "跟踪器无法启动：{problem}",
+    "fix.tracker_refused": "请登录（swanlab login），或只写到磁盘：SWANLAB_MODE=offline；"
+    "项目名只用字母、数字和 - _ . +",
+    "error.output_below_file": "它上面有一层是文件",
+    "error.machine": "{problem}",
+    "fix.machine": "检查磁盘、剩余空间和这个路径的权限。",
     "error.out_of_memory": "内存用完了",
     "fix.out_of_memory": "关掉其他程序，或换小一些的模型。",
     "error.not_finite": "损失是 {loss}，梯度范数是 {grad_norm}；权重没有改动。样本：{rows}",
