@@ -108,3 +108,25 @@ def test_links_of_the_readmes_exist() -> None:
     ]
     assert len(links) > 8
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_number_of_packages_is_true() -> None:
+    """The README's count is what the core install needs, and it stays small."""
+    import importlib.metadata
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    def needed(name: str, found: set[str]) -> set[str]:
+        if canonicalize_name(name) not in found:
+            found.add(canonicalize_name(name))
+            for line in importlib.metadata.requires(name) or []:
+                requirement = Requirement(line)
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    needed(requirement.name, found)
+        return found
+
+    count = len(needed("truetune", set())) - 1
+    assert count <= 45
+    assert f"is {count} packages" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"共 {count} 个软件包" in (ROOT / "README.zh.md").read_text(encoding="utf-8")

@@ -42,6 +42,10 @@ class Console:
         """Print a text of the catalogue on a line of its own."""
         self._out.print(escape(self.text(key, **values)), style=style)
 
+    def note(self, key: str, **values: Any) -> None:
+        """Print a text about the answer to come on the error stream, so that a pipe gets the answer alone."""
+        self._err.print(escape(self.text(key, **values)), style="dim")
+
     def write(self, piece: str, *, end: str = "\n") -> None:
         """Print text as it is: a model's answer, a table for other programs. Never read as markup."""
         if not self._out.quiet:
@@ -115,12 +119,14 @@ class Steps:
 
     def __init__(self, console: Console, bar: Progress, task: Any) -> None:
         self._console, self._bar, self._task = console, bar, task
+        self._durations_s: list[float] = []
 
     def show(self, event: Mapping[str, Any], *, is_logged: bool) -> None:
         """Show a "step" or "eval" event; `is_logged`: print a line where there is no bar."""
         if event["kind"] == "eval":
             self._console.say("train.eval", step=event["step"], loss=f"{event['eval_loss']:.4f}")
             return
+        self._durations_s.append(event["seconds"])
         values = {
             "loss": f"{event['loss']:.4f}",
             "rate": f"{event['rows'] / event['seconds']:.2f}",
@@ -129,7 +135,7 @@ class Steps:
         self._bar.update(self._task, advance=1, description=escape(self._console.text("train.bar", **values)))
         if is_logged and not self._console.is_terminal:
             total = int(self._bar.tasks[0].total or 0)
-            left = (total - event["step"]) * event["seconds"]
+            left = (total - event["step"]) * sum(self._durations_s) / len(self._durations_s)
             grad_norm = f"{event['grad_norm']:.3f}"
             self._console.say(
                 "train.step", step=event["step"], total=total, eta=_minutes(left), grad_norm=grad_norm, **values

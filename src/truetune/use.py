@@ -121,7 +121,9 @@ def _load_adapter(folder: Path, *, is_base: bool) -> Model:
         renderer = build_renderer(tokenizer, eos_ids(base.folder))
     num_probes = identity.check(folder, renderer, probes=known["probes"]) if known else None
     model = load_base(base, choose_dtype()[0])
-    return Model(str(folder), _ready(model if is_base else load_adapter(model, folder)), renderer, num_probes)
+    if is_base:
+        return Model(base.title, _ready(model), renderer, num_probes)
+    return Model(str(folder), _ready(load_adapter(model, folder)), renderer, num_probes)
 
 
 def _ready(model: Any) -> Any:

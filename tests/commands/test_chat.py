@@ -43,7 +43,9 @@ def test_newest_run_is_the_default(
     """No argument: the newest run under ./runs, and it says which."""
     monkeypatch.chdir(home)
     assert run(["chat", "-m", "Number 1", "--max-new-tokens", "3"]) == 0
-    assert "runs/r" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "runs/r" in printed.err
+    assert "runs/r" not in printed.out
 
 
 def test_turns_are_remembered_until_new(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

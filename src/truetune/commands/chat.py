@@ -23,12 +23,13 @@ def command(lang: str) -> click.Command:
 
         console = Console(lang)
         chosen = path or str(newest_run())
-        with console.status("status.load_use", name=chosen):
-            model = load(chosen, is_base=is_base, use_run_system=not no_run_system)
         if message is None:
+            with console.status("status.load_use", name=chosen):
+                model = load(chosen, is_base=is_base, use_run_system=not no_run_system)
             _introduce(model, console)
             _converse(model, console, sampling)
         else:
+            model = load(chosen, is_base=is_base, use_run_system=not no_run_system)
             _introduce(model, console, is_brief=True)
             _answer(model, [{"role": "user", "content": message}], console, sampling)
 
@@ -53,15 +54,15 @@ def command(lang: str) -> click.Command:
 
 def _introduce(model: Model, console: Console, *, is_brief: bool = False) -> None:
     """Say what answers, with which system prompt, and whether its prompts are those of training."""
-    console.say("chat.model", style="dim", name=model.name)
+    console.note("chat.model", name=model.name)
     if model.renderer.system:
-        console.say("chat.system", style="dim", system=model.renderer.system)
+        console.note("chat.system", system=model.renderer.system)
     if model.num_probes is None:
-        console.say("chat.no_probes", style="dim")
+        console.note("chat.no_probes")
     elif not is_brief:
-        console.say("chat.probes", style="dim", count=model.num_probes)
+        console.note("chat.probes", count=model.num_probes)
     if not is_brief:
-        console.say("chat.how", style="dim")
+        console.note("chat.how")
 
 
 def _converse(model: Model, console: Console, sampling: dict[str, Any]) -> None:
