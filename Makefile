@@ -4,23 +4,27 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check mutants install install-dev docs clean
+.PHONY: demo test check lint fast mutants install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
 	$(BIN)/truetune demo
 
-test: .venv/installed-dev ## every test, real weights included
-	$(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -m slow
+test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
+	$(BIN)/python -m pytest -n 2 -m "slow and not real"
+	$(BIN)/python -m pytest -m real
 
-check: .venv/installed-dev ## format, lint, types, architecture, generated docs, fast tests
+check: lint fast ## format, lint, types, architecture, generated docs, fast tests
+
+lint: .venv/installed-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_architecture.py
 	$(BIN)/python tools/generate_docs.py --check
-	$(BIN)/python -m pytest -n 2 -m "not slow" --doctest-modules src tests
+
+fast: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow and not real" --doctest-modules src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py

@@ -24,7 +24,7 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """One thread for tiny models (faster, and the same bits everywhere), all of them for real weights."""
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 1)
+        torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("real") else 1)
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ def test_train_check_load(
 ) -> None:
     """The three calls of the README, one after the other."""
     path = write_json(rows)
-    report = truetune.check(path, model=str(tiny_qwen))
+    report = truetune.check(path, model=tiny_qwen)
     assert (report.rows_read, report.rows_used, report.rows_held_out) == (40, 40, 8)
-    run = truetune.train(path, model=str(tiny_qwen), max_steps=2, output_dir=str(tmp_path / "out"))
+    run = truetune.train(path, model=str(tiny_qwen), max_steps=2, output_dir=tmp_path / "out")
     assert (run.path, run.steps) == (tmp_path / "out", 2)
     assert run.eval_loss_before is not None
     assert run.eval_loss_after is not None

@@ -12,6 +12,7 @@ import torch
 from truetune.assembly import Assembly, assemble, identity_of
 from truetune.config import load_yaml, resolve
 from truetune.console import Console
+from truetune.errors import UserError
 from truetune.preflight import preflight
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -81,6 +82,16 @@ def test_checkpointing_changes_no_gradient(
     assert len(figures[True]) == 3
     for one, other in zip(figures[True], figures[False], strict=True):
         assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_settings_of_accelerate_are_refused(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its environment variables would divide the gradient behind our back."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UserError) as caught:
+        build(write_json(rows), tiny_qwen)
+    assert caught.value.key == "accelerate_settings"
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from truetune import checkpoint
 from truetune.errors import UserError
 from truetune.model import Base, add_lora, load_base
 
-IDENTITY = {"base": "org/model", "data": "d", "config": "c"}
+IDENTITY = {"base": "b", "data": "d", "config": "c"}
+BASE = {"name": "org/model", "revision": "v2", "hub": "huggingface", "fingerprint": "b"}
 
 
 def make_state(folder: Path, *, steps: int = 0, seed: int = 0, **identity: str) -> checkpoint.State:
@@ -31,7 +32,7 @@ def make_state(folder: Path, *, steps: int = 0, seed: int = 0, **identity: str) 
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         scheduler.step()
-    return checkpoint.State(model, optimizer, scheduler, IDENTITY | identity)
+    return checkpoint.State(model, optimizer, scheduler, IDENTITY | identity, BASE)
 
 
 def save(folder: Path, step: int, state: checkpoint.State) -> Path:
@@ -65,7 +66,8 @@ def test_folder_holds_no_pickle_and_names_the_base(tiny_qwen: Path, tmp_path: Pa
     """Safetensors and JSON only; nothing temporary is left."""
     path = save(tmp_path, 1, make_state(tiny_qwen, steps=1))
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
-    assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/model"
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "v2")
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 
@@ -88,12 +90,12 @@ def test_damage_of_every_file_is_seen(tiny_qwen: Path, tmp_path: Path, fault: st
 def test_newest_step_wins_whatever_the_clock_says(tiny_qwen: Path, tmp_path: Path) -> None:
     """Search and pruning go by step, not by modification time."""
     state = make_state(tiny_qwen)
-    for step in (100, 20, 3):
+    for step in (1_000_000, 100, 20):
         path = save(tmp_path, step, state)
         os.utime(path, (step, 10**9 - step))
-    assert checkpoint.find(tmp_path)[0] == tmp_path / "checkpoint-000100"
+    assert checkpoint.find(tmp_path)[0] == tmp_path / "checkpoint-1000000"
     checkpoint.prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000020", "checkpoint-000100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000100", "checkpoint-1000000"]
 
 
 def test_saving_a_step_again_replaces_it(tiny_qwen: Path, tmp_path: Path) -> None:
@@ -114,3 +116,15 @@ def test_other_identity_is_refused(tiny_qwen: Path, tmp_path: Path, key: str) ->
         checkpoint.load(path, make_state(tiny_qwen, **{key: "other"}))
     assert caught.value.key == "resume_changed"
     assert caught.value.values["names"] == key
+
+
+def test_damaged_ones_are_set_aside(tiny_qwen: Path, tmp_path: Path) -> None:
+    """They keep their files, and no longer count among those that are kept."""
+    state = make_state(tiny_qwen)
+    save(tmp_path, 1, state)
+    (save(tmp_path, 2, state) / "manifest.json").write_text("{}")
+    checkpoint.set_aside(tmp_path, checkpoint.find(tmp_path)[1])
+    save(tmp_path, 3, state)
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
+    assert len(list(tmp_path.glob("damaged-checkpoint-000002-*/*"))) == 5

@@ -39,6 +39,18 @@ def test_stream_equals_the_whole_answer(tiny: tuple[Any, Any]) -> None:
         assert "".join(pieces).strip() == answers(*tiny, prompts=[prompt], sampling=Sampling(max_new_tokens=12))[0]
 
 
+def test_greedy_is_greedy_whatever_the_model_says(tiny: tuple[Any, Any]) -> None:
+    """A penalty in the model's generation_config.json (Qwen2.5 has one) changes no answer."""
+    import copy
+
+    model, renderer = tiny
+    plain = answers(*tiny, prompts=PROMPTS, sampling=Sampling(12))
+    changed = copy.copy(model)
+    changed.generation_config = copy.deepcopy(model.generation_config)
+    changed.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, temperature=0.1, do_sample=True)
+    assert answers(changed, renderer, prompts=PROMPTS, sampling=Sampling(12)) == plain
+
+
 def test_sampling_depends_on_the_temperature(tiny: tuple[Any, Any]) -> None:
     """Greedy repeats itself; at a temperature, seeds differ and a seed repeats."""
     texts = []

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from truetune.errors import NumericsError
-from truetune.loop import Loop, Plan, batches
+from truetune.loop import Loop, Plan
 from truetune.model import Base, add_lora, load_base
 from truetune.records import Pair, Row
 
@@ -36,27 +34,6 @@ def make_loop(folder: Path, *, num_steps: int = 3, max_tokens: int = 1000, dropo
 def adapter_of(loop: Loop) -> dict[str, torch.Tensor]:
     """The trainable weights, copied."""
     return {name: p.detach().clone() for name, p in loop.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 4), (8, 4), (3, 4), (1, 1), (10, 3)])
-def test_each_row_once_an_epoch(num_rows: int, batch_size: int) -> None:
-    """An epoch holds every row once, its last batch is what is left, and epochs differ in order."""
-    per_epoch = math.ceil(num_rows / batch_size)
-    taken = list(itertools.islice(batches(num_rows, batch_size, seed=3), 2 * per_epoch))
-    epochs = [np.concatenate([rows for _, rows in taken[at : at + per_epoch]]) for at in (0, per_epoch)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * 2
-    assert len(taken[per_epoch - 1][1]) == (num_rows - 1) % batch_size + 1
-    assert taken[per_epoch - 1][0] == 1.0
-    assert num_rows < 8 or list(epochs[0]) != list(epochs[1])
-
-
-def test_order_is_a_function_of_seed_and_step() -> None:
-    """Started at any step, the order goes on as if it had never stopped; another seed gives another order."""
-    whole = [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=3), 9)]
-    for start in range(9):
-        rest = [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=3, start=start), 9 - start)]
-        assert rest == whole[start:]
-    assert whole != [list(rows) for _, rows in itertools.islice(batches(10, 4, seed=4), 9)]
 
 
 def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:
@@ -141,3 +118,20 @@ def test_nan_stops_before_the_optimizer_moves(tiny_qwen: Path) -> None:
     assert caught.value.where == "step 2"
     assert "data.json:" in caught.value.values["rows"]
     assert all(torch.equal(tensor, adapter_of(bad)[name]) for name, tensor in adapter_of(good).items())
+
+
+def test_held_out_loss_that_is_not_finite_stops(tiny_qwen: Path) -> None:
+    """Not a traceback from the JSON writer: exit 4, with the step."""
+    with pytest.raises(NumericsError) as caught:
+        list(make_loop(tiny_qwen).run(ROWS, evaluate=lambda: float("nan")))
+    assert (caught.value.key, caught.value.where, caught.value.exit_code) == ("held_out_not_finite", "step 0", 4)
+
+
+def test_stop_comes_after_evaluation_and_save(tiny_qwen: Path) -> None:
+    """A step that is asked to be the last is evaluated and saved as in an uninterrupted run."""
+    saved: list[int] = []
+    asked = iter([False, True])
+    loop = make_loop(tiny_qwen)
+    events = list(loop.run(ROWS, evaluate=lambda: 1.0, save=saved.append, should_stop=lambda: next(asked)))
+    assert [(event["kind"], event["step"]) for event in events] == [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]
+    assert saved == [2]

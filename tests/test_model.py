@@ -110,6 +110,46 @@ def test_unknown_lora_target_lists_the_real_names(tiny_qwen: Path) -> None:
     with pytest.raises(UserError) as caught:
         lora(tiny_qwen, targets=("query_proj",))
     assert "q_proj" in caught.value.values["names"]
+    with pytest.raises(UserError) as caught:
+        lora(tiny_qwen, targets=("q_proj", "v_porj"))
+    assert caught.value.values["name"] == "v_porj"
+
+
+def test_reference_finds_the_base_again(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path becomes absolute; a hub id keeps its revision and hub."""
+    monkeypatch.chdir(tiny_qwen.parent)
+    base = find_base(tiny_qwen.name + "/.")
+    assert base.reference() == {
+        "name": str(tiny_qwen.resolve()),
+        "revision": "main",
+        "hub": "huggingface",
+        "fingerprint": base.fingerprint,
+    }
+    monkeypatch.setattr(module, "fetch", lambda name, *, revision, hub: tiny_qwen)
+    remote = find_base("org/model", revision="v2", hub="modelscope").reference()
+    assert (remote["name"], remote["revision"], remote["hub"]) == ("org/model", "v2", "modelscope")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json"])
+def test_broken_files_of_a_model_are_named(tiny_qwen: Path, tmp_path: Path, name: str) -> None:
+    """No traceback: the folder or file, and what to do."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_qwen, copy)
+    (copy / name).write_text("{")
+    reader = eos_ids if name == "generation_config.json" else module.load_tokenizer
+    with pytest.raises(UserError) as caught:
+        reader(copy)
+    assert caught.value.key == "model_broken"
+
+
+@pytest.mark.slow
+def test_broken_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that only has the name of a GGUF."""
+    monkeypatch.setenv("TRUETUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(b"no GGUF at all")
+    with pytest.raises(UserError) as caught:
+        module.prepare_base(find_base(str(tmp_path / "x.gguf")))
+    assert caught.value.key == "model_broken"
 
 
 def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +185,7 @@ def test_pad_id_of_tokenizers_without_one() -> None:
     assert [pad_id(Tokenizer(*ids)) for ids in ((0, 3), (None, 3), (None, None))] == [0, 3, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_gguf_is_unpacked_once_and_answers(smol: Path) -> None:
     """The real SmolLM2 from its GGUF file: fp32 weights, and the capital of France."""
     from truetune.commands.demo import demo_model

@@ -64,6 +64,14 @@ def test_state_says_how_it_ended(tmp_path: Path, error: Exception | None, state:
     assert info["error"] == (None if error is None else str(error))
 
 
+def test_second_ctrl_c_leaves_a_stopped_run(tmp_path: Path) -> None:
+    """It ends at once, and the state is not "running" for ever."""
+    directory = RunDir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), recorded_state(directory):
+        raise KeyboardInterrupt
+    assert directory.read_info()["state"] == "stopped"
+
+
 def test_row_ids_go_to_steps_jsonl(tmp_path: Path) -> None:
     """events.jsonl stays small; which rows made a spike is in steps.jsonl."""
     directory = RunDir(tmp_path)

@@ -69,11 +69,13 @@ def test_run_folder_is_the_contract(whole: Path) -> None:
     assert {"versions", "seed", "data_sha256", "template_sha256", "base_fingerprint"} <= set(info)
 
 
-def held_out(out: Path) -> list[tuple[int, Any]]:
-    """The held-out pairs of a run."""
-    from truetune.data.prepare import read_pairs
+def held_out(out: Path) -> list[tuple[int, tuple[int, ...]]]:
+    """Row number and prompt ids of the held-out pairs of a run, read through a memory map."""
+    import pyarrow as pa
 
-    return read_pairs(out / "data" / "eval.arrow")
+    with pa.memory_map(str(out / "data" / "eval.arrow")) as source:
+        records = pa.ipc.open_file(source).read_all().to_pylist()
+    return [(record["row"], tuple(record["prompt_ids"])) for record in records]
 
 
 def test_config_yaml_repeats_the_run(whole: Path, tmp_path: Path) -> None:
@@ -123,8 +125,45 @@ def test_resume_falls_back_past_a_damaged_checkpoint(
     newest.write_bytes(newest.read_bytes()[:-9])
     assert run([*words, "--resume"]) == 0
     assert "checkpoint-000006" in capsys.readouterr().out
+    assert any(path.name.startswith("damaged-checkpoint-000006") for path in (out / "checkpoints").iterdir())
     assert step_lines(out) == step_lines(whole)
     assert weights(out) == weights(whole)
+
+
+def test_all_checkpoints_damaged(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Nothing is started anew and nothing deleted: exit 3 (F10)."""
+    out = tmp_path / "out"
+    words = arguments(data, tiny_qwen, out, "--max-steps", "2")
+    assert run(words) == 0
+    RunDir(out).write_info(state="running")
+    for path in (out / "checkpoints").iterdir():
+        (path / "manifest.json").write_text("{}")
+    before = sorted(path.name for path in (out / "checkpoints").rglob("*"))
+    events = (out / "events.jsonl").read_bytes()
+    assert run([*words, "--resume"]) == 3
+    assert sorted(path.name for path in (out / "checkpoints").rglob("*")) == before
+    assert (out / "events.jsonl").read_bytes() == events
+
+
+def test_resume_needs_a_run(data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped folder, or none, is an error; a new run is not started in silence."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*arguments(data, tiny_qwen, tmp_path / "no-such-run"), "--resume"]) == 2
+    assert run(["train", str(data), "--model", str(tiny_qwen), "--resume"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_what_it_was(data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less free memory on resume does not make another choice, which would round otherwise."""
+    from truetune import assembly
+
+    out = tmp_path / "out"
+    words = arguments(data, tiny_qwen, out, "--max-steps", "2")
+    assert run(words) == 0
+    RunDir(out).write_info(state="running")
+    monkeypatch.setattr(assembly, "choose_checkpointing", lambda *_: True)
+    monkeypatch.setattr(assembly, "choose_max_tokens", lambda: 64)
+    assert run([*words, "--resume"]) == 0
 
 
 def test_finished_run_says_so(whole: Path, data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +212,7 @@ def test_system_prompt_and_template_values_travel_with_the_run(data: Path, tiny_
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     without = load(tmp_path / "out", use_run_system=False)
     assert "甄嬛" not in without.renderer.tokenizer.decode(without.renderer.prompt_ids(question))
-    trained = {pair.prompt_ids for _, pair in held_out(tmp_path / "out")}
+    trained = {prompt_ids for _, prompt_ids in held_out(tmp_path / "out")}
     ids = {tuple(model.renderer.prompt_ids([{"role": "user", "content": f"What is {n} plus {n}?"}])) for n in range(40)}
     assert len(trained) == 8
     assert trained <= ids

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["check", "load", "train"]
 
 
-def train(data: str | Path | list[str], *, model: str, **keys: Any) -> Run:
+def train(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Run:
     """Fine-tune `model` on `data` and return the run. `keys`: as in docs/config.md, e.g. `max_steps=10`.
 
     Raises: truetune.errors.UserError if the data, the model or a key cannot be used; nothing is written then.
@@ -28,11 +28,11 @@ def train(data: str | Path | list[str], *, model: str, **keys: Any) -> Run:
     from truetune.training import train as run_training
 
     resume = keys.pop("resume", False)
-    settings = resolve({"data": _names(data), "model": model, **keys})
+    settings = resolve({"data": _names(data), **_plain({"model": model, **keys})})
     return run_training(settings, Console(language(settings.config.lang)), resume=resume)
 
 
-def check(data: str | Path | list[str], *, model: str, **keys: Any) -> Report:
+def check(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Report:
     """Return what would be learned from `data`, without loading any weights.
 
     Raises: truetune.errors.UserError if a file or the model cannot be used at all; refused rows are in the report.
@@ -41,7 +41,7 @@ def check(data: str | Path | list[str], *, model: str, **keys: Any) -> Report:
     from truetune.console import Console
     from truetune.preflight import preflight
 
-    settings = resolve({"data": _names(data), "model": model, **keys})
+    settings = resolve({"data": _names(data), **_plain({"model": model, **keys})})
     console = Console(language(settings.config.lang), quiet=True)
     return preflight(settings.config, console).prepared.report
 
@@ -57,4 +57,9 @@ def load(path: str | Path) -> Model:
 
 
 def _names(data: str | Path | list[str]) -> list[str]:
-    return [*map(str, data)] if isinstance(data, list) else [str(data)]
+    return [*map(str, data)] if isinstance(data, list | tuple) else [str(data)]
+
+
+def _plain(keys: dict[str, Any]) -> dict[str, Any]:
+    """Paths become text, as on the command line."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}

@@ -54,22 +54,24 @@ def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Co
     config = settings.config
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
     accelerator = Accelerator(log_with=list(config.report_to) or None, project_config=project)
+    if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision != "no":
+        # Read from the environment that `accelerate launch` sets; backward would divide the gradient by it.
+        raise UserError("accelerate_settings", where="ACCELERATE_*", fix="accelerate_settings")
     if accelerator.num_processes > 1:
         raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
     dtype, reason = choose_dtype(config.dtype)
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = _load(flight.base, config, dtype)
+        model = accelerator.prepare(_load(flight.base, config, dtype))
     settings, held_out = _choose(settings.with_chosen(dtype=dtype), flight, model)
     config = settings.config
     if config.gradient_checkpointing is True:
         model.activation_checkpointing_enable()
-    model = accelerator.prepare(model)
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
     plan = _plan(config, num_steps=flight.prepared.report.steps, filler=pad_id(flight.renderer.tokenizer))
     loop = Loop(model, optimizer, scheduler, plan, accelerator.backward)
     evaluate = loss_evaluator(model, held_out, max_tokens=plan.max_tokens, pad_id=plan.pad_id)
-    state = State(model, optimizer, scheduler, identity_of(config, flight))
+    state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     return Assembly(settings, accelerator, loop, evaluate, state)
 
 
@@ -135,9 +137,9 @@ def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_
     """Print what is trained, and every value that is not the default with its origin."""
     trainable, total = count_parameters(model)
     console.say("train.parameters", trainable=trainable, total=total, share=trainable / total)
-    values = settings.config.model_dump()
+    values, defaults = settings.config.model_dump(), Config().model_dump()
     for key, origin in settings.origins.items():
-        if origin != "default":
+        if values[key] != defaults[key]:
             console.say("train.choice", name=key, value=values[key], origin=origin)
     used, total_held_out = num_held_out
     if used < total_held_out:
@@ -147,10 +149,8 @@ def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_
 def identity_of(config: Config, flight: Preflight) -> dict[str, str]:
     """Return what a checkpoint belongs to: with another value of any of these, resuming it would be wrong."""
     values = {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS}
-    path = Path(flight.base.name).expanduser()
     return {
-        "base": str(path.resolve()) if path.exists() else flight.base.name,
-        "base_fingerprint": flight.base.fingerprint,
+        "base": flight.base.fingerprint,
         "data": flight.prepared.data_hash,
         "template": flight.renderer.template_hash,
         "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,29 @@ from truetune.rundir import to_json, write_atomic
 MANIFEST = "manifest.json"
 
 
-def save_adapter(model: Any, folder: Path, *, base_name: str) -> None:
-    """Write PEFT's adapter files; `base_name` (hub id or absolute path) becomes base_model_name_or_path."""
+def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
+    """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
     # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_name}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
     write_atomic(path, to_json(values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds: `identity` are the hashes of what the run was (data, base, template, configuration)."""
+    """What a checkpoint holds: `identity` are the hashes of what the run was (data, base, template, configuration).
+
+    `base`: where the base is, see Base.reference.
+    """
 
     model: Any
     optimizer: Any
     scheduler: Any
     identity: Mapping[str, str]
+    base: Mapping[str, str]
 
 
 def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path], None]) -> Path:
@@ -56,7 +61,7 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
     staging = folder / f".tmp-{target.name}-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_adapter(state.model, staging, base_name=state.identity["base"])
+    save_adapter(state.model, staging, base=state.base)
     write_extra(staging)
     tensors, groups = _flatten(state.optimizer.state_dict())
     save_file(tensors, str(staging / "optimizer.safetensors"))
@@ -116,7 +121,7 @@ def damage(folder: Path) -> str | None:
 def find(folder: Path) -> tuple[Path | None, dict[str, str]]:
     """Return (newest undamaged checkpoint or None, {skipped checkpoint: damaged file})."""
     skipped: dict[str, str] = {}
-    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
+    for path in reversed(_by_step(folder)):
         broken = damage(path)
         if broken is None:
             return path, skipped
@@ -126,8 +131,18 @@ def find(folder: Path) -> tuple[Path | None, dict[str, str]]:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, by step and never by time."""
-    for path in sorted(folder.glob("checkpoint-*"))[:-keep]:
+    for path in _by_step(folder)[:-keep]:
         shutil.rmtree(path)
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> None:
+    """Rename damaged checkpoints, so that they are neither found nor counted again; nothing is deleted."""
+    for name in names:
+        (folder / name).rename(folder / f"damaged-{name}-{os.getpid()}")
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def check_identity(folder: Path, identity: Mapping[str, str]) -> None:

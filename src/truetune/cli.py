@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import itertools
 import os
@@ -108,8 +109,9 @@ def run(words: Sequence[str]) -> int:
 
 def _unknown_option(error: click.NoSuchOption) -> UserError:
     """Return the fault, with the nearest of the command's own options."""
-    if error.possibilities:
-        near = sorted(error.possibilities)[0]
+    near_ones = difflib.get_close_matches(error.option_name, error.possibilities or (), n=1)
+    if near_ones:
+        near = near_ones[0]
         return UserError(
             "config_unknown_key", where=error.option_name, fix="config_did_you_mean", name=error.option_name, near=near
         )
@@ -141,7 +143,7 @@ def _lang(words: Sequence[str]) -> str:
     if chosen is None and file is not None:
         try:
             chosen = load_yaml(Path(file))[0].get("lang")
-        except TruetuneError:
+        except (TruetuneError, OSError):
             # Reported when the command reads it.
             chosen = None
     return language(chosen) if chosen in LANGUAGES else language()

@@ -75,7 +75,7 @@ class NumericsError(TruetuneError):
 
 
 class Interrupted(TruetuneError):
-    """Ctrl-C while nothing was being trained."""
+    """Ctrl-C outside of training, or a second one in it."""
 
     exit_code = 130
 

@@ -19,6 +19,10 @@ EMPTY_THINKING = "<think>\n\n</think>\n\n"
 """What Qwen3's template writes before an answer without reasoning; learned, and not shown."""
 
 
+NO_DISTORTION = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None, "typical_p": 1.0, "num_beams": 1}
+"""What a model's generation_config.json may bring along (Qwen2.5: a repetition penalty), so that greedy is greedy."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: greedy at temperature 0, so that the same question gets the same answer."""
@@ -32,7 +36,7 @@ class Sampling:
             drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
             drawn = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
-        return {"max_new_tokens": self.max_new_tokens, **drawn}
+        return {"max_new_tokens": self.max_new_tokens, **drawn, **NO_DISTORTION}
 
 
 def answers(

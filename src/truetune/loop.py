@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
+from truetune.engine.order import batches
 from truetune.engine.step import train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError
@@ -35,21 +35,6 @@ class Plan:
     save_steps: int
 
 
-def batches(num_rows: int, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (epochs done after the step, row numbers) of each step for ever, from step `start` on.
-
-    The order of an epoch is a function of (seed, epoch); its last, smaller batch is kept.
-    """
-    per_epoch = math.ceil(num_rows / batch_size)
-    epoch, skip = divmod(start, per_epoch)
-    while True:
-        order = np.random.default_rng([seed, 0, epoch]).permutation(num_rows)
-        for number in range(skip, per_epoch):
-            end = min((number + 1) * batch_size, num_rows)
-            yield epoch + end / num_rows, order[number * batch_size : end]
-        epoch, skip = epoch + 1, 0
-
-
 @dataclass
 class Loop:
     """Model, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
@@ -67,10 +52,12 @@ class Loop:
         start: int = 0,
         evaluate: Callable[[], float | None] = lambda: None,
         save: Callable[[int], None] = lambda _step: None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Train from step `start` + 1 to the last, yielding "eval" and "step" events.
 
         `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint.
+        `should_stop`: asked after each step; if it says yes, the state is saved and the loop ends.
         """
         plan = self.plan
         if start == 0:
@@ -83,8 +70,11 @@ class Loop:
             is_last = step == plan.num_steps
             if is_last or step % plan.eval_steps == 0:
                 yield from _evaluation(step, evaluate)
-            if is_last or step % plan.save_steps == 0:
+            is_stopped = should_stop()
+            if is_last or is_stopped or step % plan.save_steps == 0:
                 save(step)
+            if is_stopped:
+                return
 
     def _step(self, step: int, epoch: float, rows: Sequence[Row]) -> Event:
         """Take one optimizer step and return its event."""
@@ -142,12 +132,14 @@ class Loop:
 def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:
     began = time.perf_counter()
     loss = evaluate()
+    if loss is not None and not math.isfinite(loss):
+        raise NumericsError("held_out_not_finite", where=f"step {step}", fix="held_out_not_finite", loss=loss)
     if loss is not None:
         yield {"kind": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began}
 
 
 def _memory_bytes() -> int:
-    """Return the memory in use: allocated on the GPU if there is one, else this process's resident set."""
+    """Return this process's resident set; with a GPU, the most that was allocated on it so far."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return int(psutil.Process().memory_info().rss)
@@ -158,6 +150,11 @@ def _gpu_percent() -> float | None:
     if not torch.cuda.is_available():
         return None
     try:
+        import pynvml
+
         return float(torch.cuda.utilization())
     except ModuleNotFoundError:
+        return None
+    except (RuntimeError, pynvml.NVMLError):
+        # MIG slices and some virtual machines do not say.
         return None

@@ -29,11 +29,23 @@ class Base:
     name: str
     folder: Path
     fingerprint: str
+    revision: str = "main"
+    hub: str = "huggingface"
 
     @property
     def title(self) -> str:
         """The name to show: the last part of a path, a hub id as it is."""
-        return Path(self.name).name if _looks_like_path(self.name) else self.name
+        return Path(self.name).name if self.is_local else self.name
+
+    @property
+    def is_local(self) -> bool:
+        """True if the name is a path, not a hub id."""
+        return _looks_like_path(self.name) or Path(self.name).expanduser().exists()
+
+    def reference(self) -> dict[str, str]:
+        """Return what is needed to find the same base again, from any folder."""
+        name = str(Path(self.name).expanduser().resolve()) if self.is_local else self.name
+        return {"name": name, "revision": self.revision, "hub": self.hub, "fingerprint": self.fingerprint}
 
 
 def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") -> Base:
@@ -47,7 +59,7 @@ def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") ->
         return Base(name, cache_dir() / "gguf" / fingerprint[:16], fingerprint)
     folder = path if path.exists() or _looks_like_path(name) else fetch(name, revision=revision, hub=hub)
     _check_folder(name, folder)
-    return Base(name, folder, _fingerprint(folder))
+    return Base(name, folder, _fingerprint(folder), revision, hub)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -98,10 +110,13 @@ def prepare_base(base: Base) -> None:
     _need_gguf(base.name)
     path = Path(base.name).expanduser()
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError("model_broken", where=base.name, fix="model_broken", problem=error) from None
     base.folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=base.folder.parent))
     model.save_pretrained(staging)
@@ -129,17 +144,28 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise UserError("model_no_tokenizer", where=str(folder), fix="model_no_tokenizer")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError("model_broken", where=str(folder), fix="model_broken", problem=error) from None
 
 
 def eos_ids(folder: Path) -> list[int]:
     """Return the ids that end an answer, from generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        value = _read_json(path).get("eos_token_id") if path.is_file() else None
         if value is not None:
             return list(value) if isinstance(value, list) else [value]
     return []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("model_broken", where=str(path), fix="model_broken", problem=error) from None
+    return values
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -180,9 +206,9 @@ def load_base(base: Base, dtype: str) -> Any:
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(base.folder), dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
         )
-    except MemoryError:
-        raise MachineError("out_of_memory", where=base.name, fix="out_of_memory") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise MachineError("out_of_memory", where=base.name, fix="out_of_memory") from None
         raise UserError("model_broken", where=base.name, fix="model_broken", problem=error) from None
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -198,19 +224,19 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
+    names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    everything = {name for name, _ in model.named_modules()}
+    for target in targets:
+        known = target == "all-linear" or any(name == target or name.endswith(f".{target}") for name in everything)
+        if not known:
+            linear = ", ".join(sorted(names))
+            raise UserError("lora_no_target", where="target_modules", fix="lora_no_target", name=target, names=linear)
     chosen = targets[0] if list(targets) == ["all-linear"] else list(targets)
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type=TaskType.CAUSAL_LM
     )
     torch.manual_seed(seed)
-    try:
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
-        linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        names = ", ".join(sorted(linear))
-        raise UserError(
-            "lora_no_target", where="target_modules", fix="lora_no_target", problem=error, names=names
-        ) from None
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -68,16 +68,6 @@ class Row:
     prompt: tuple[Message, ...] = ()
     answer: str = ""
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all pairs, prompts included."""
-        return sum(len(pair) for pair in self.pairs)
-
-    @property
-    def num_learned_tokens(self) -> int:
-        """Tokens that are learned, the stop tokens included."""
-        return sum(len(pair.answer_ids) for pair in self.pairs)
-
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

@@ -148,7 +148,7 @@ def open_output(path: Path, *, resume: bool) -> RunDir:
     if path.exists() and not path.is_dir():
         raise UserError("output_is_file", where=str(path), fix="output_other")
     if resume:
-        if path.exists() and not run.is_run:
+        if not run.is_run:
             raise UserError("output_no_run", where=str(path), fix="output_no_run")
         return run
     if run.is_run:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from truetune import checkpoint, trackers
 from truetune.assembly import Assembly, assemble
-from truetune.config import Settings
+from truetune.config import Settings, load_yaml
 from truetune.console import Console
-from truetune.errors import Stopped
+from truetune.errors import MachineError, Stopped, UserError
 from truetune.output import record, recorded_state, save_checkpoint, write_adapter, write_start
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
 from truetune.rundir import Run, RunDir, next_run_path, open_output, outcome
@@ -22,11 +22,16 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     Raises: UserError, before anything is written, if the configuration, the data or the model cannot be used.
     """
     config = settings.config
-    path = Path(config.output_dir or next_run_path((config.data or ["data"])[0], config.model or "model"))
+    if resume and not config.output_dir:
+        raise UserError("output_no_run", where="--resume", fix="resume_which")
+    path = Path(config.output_dir or next_run_path((config.data or ["data"])[0], config.model or "model")).expanduser()
     run = open_output(path, resume=resume)
     if run.is_run and run.read_info()["state"] == "done":
         console.say("train.already_done", path=path)
         return outcome(run)
+    if run.config.is_file():
+        settings = _as_chosen_then(settings, run)
+        config = settings.config
     trackers.check_installed(config.report_to)
     flight = preflight(config, console, date=run.read_info()["date"] if run.is_run else None)
     show_report(flight.prepared.report, console)
@@ -46,6 +51,15 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     return result
 
 
+def _as_chosen_then(settings: Settings, run: RunDir) -> Settings:
+    """Return the settings with each "auto" as it was chosen when the run began: another choice rounds otherwise."""
+    saved, _ = load_yaml(run.config)
+    values = settings.config.model_dump()
+    return settings.with_chosen(
+        **{key: saved[key] for key, value in values.items() if value == "auto" and key in saved}
+    )
+
+
 def _resume(run: RunDir, assembly: Assembly, console: Console) -> int:
     """Load the newest good checkpoint, if there is one, and return its step."""
     if not run.is_run:
@@ -53,7 +67,10 @@ def _resume(run: RunDir, assembly: Assembly, console: Console) -> int:
     path, skipped = checkpoint.find(run.checkpoints)
     for name, file in skipped.items():
         console.say("train.skipped_checkpoint", name=name, file=file)
+    if skipped and path is None:
+        raise MachineError("all_damaged", where=str(run.checkpoints), fix="all_damaged")
     step = checkpoint.load(path, assembly.state) if path else -1
+    checkpoint.set_aside(run.checkpoints, skipped)
     run.cut_back(step)
     console.say("train.resumed", step=max(step, 0))
     return max(step, 0)
@@ -66,12 +83,21 @@ def _take_steps(run: RunDir, assembly: Assembly, flight: Preflight, console: Con
         save_checkpoint, run=run, state=assembly.state, flight=flight, save_total_limit=config.save_total_limit
     )
     trackers.start(assembly.accelerator, config, folder=run.path)
-    with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
-        for event in loop.run(flight.prepared.train, start=start, evaluate=assembly.evaluate, save=save):
-            record(run, event)
-            trackers.log(assembly.accelerator, event, every=config.logging_steps)
-            screen.show(event, is_logged=event["step"] % config.logging_steps == 0)
-            if stop.signal is not None and event["kind"] == "step" and event["step"] < loop.plan.num_steps:
-                save(event["step"])
-                raise Stopped(stop.signal, where=str(run.path))
-    assembly.accelerator.end_training()
+    step = start
+    try:
+        with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
+            for event in loop.run(
+                flight.prepared.train,
+                start=start,
+                evaluate=assembly.evaluate,
+                save=save,
+                should_stop=lambda: stop.signal is not None,
+            ):
+                step = event["step"]
+                record(run, event)
+                trackers.log(assembly.accelerator, event, every=config.logging_steps)
+                screen.show(event, is_logged=step % config.logging_steps == 0)
+    finally:
+        assembly.accelerator.end_training()
+    if stop.signal is not None and step < loop.plan.num_steps:
+        raise Stopped(stop.signal, where=str(run.path))

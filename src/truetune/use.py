@@ -102,7 +102,9 @@ def _load_base_only(name: str) -> Model:
 def _load_adapter(folder: Path, *, is_base: bool) -> Model:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     known = identity.read(folder)
-    base = find_base(config["base_model_name_or_path"], revision=config.get("revision") or "main")
+    revision = config.get("revision") or "main"
+    hub = known["base"]["hub"] if known else "huggingface"
+    base = find_base(config["base_model_name_or_path"], revision=revision, hub=hub)
     if known and known["base"]["fingerprint"] != base.fingerprint:
         raise UserError("other_base", where=str(folder), fix="other_base", name=base.name)
     prepare_base(base)

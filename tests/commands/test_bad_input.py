@@ -348,7 +348,9 @@ def test_a_hub_that_cannot_be_reached(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("truetune.hub.can_connect", lambda _endpoint: False)
     assert run(["train", *hub_offline(place)[0], "--lang", "en"]) == 2
-    assert "https://huggingface.co cannot be reached\n  → Connect, or set HF_ENDPOINT" in capsys.readouterr().err
+    assert (
+        "https://huggingface.co cannot be reached\n  → Connect, or give the path of a folder" in capsys.readouterr().err
+    )
 
 
 def test_several_faults_are_reported_at_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,7 +204,7 @@ def test_refused_rows_leave_with_two_and_their_places(bad: Path, tiny_qwen: Path
         '  → Add "output" to this row.',
         f"{bad}:11: output is empty",
         "  → Fill it, or remove the row.",
-        f"{bad}:16: the row is a number, not an object",
+        f"{bad}:16: the row is not an object but: number",
         '  → Write {"instruction": …, "output": …} or {"messages": […]}.',
     ]
     assert "  rows refused         3" in lines
@@ -234,7 +234,7 @@ def test_show_refused_lists_them_all_once(rows: Rows, write_json: Write, tiny_qw
     assert check(data, tiny_qwen, "--show", "refused") == 2
     full = capsys.readouterr().out
     assert (short.count("is missing"), full.count("is missing")) == (10, 15)
-    assert "… and 5 more refused rows (1 different reasons)" in short
+    assert "… and 5 more refused rows (1 reasons)" in short
     assert "more refused rows" not in full
     assert [f"{data}:{2 + 4 * number}: " in full for number in range(15)] == [True] * 15
 

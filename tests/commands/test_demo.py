@@ -74,25 +74,23 @@ def test_settings_find_the_bundled_files() -> None:
     assert all(Path(name).is_absolute() and Path(name).is_file() for name in config.data + config.eval_data)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 def test_demo_keeps_its_promise(smol: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Held-out loss at least a quarter lower; at least 6 of 8 facts by the tuned model, none by the base."""
     from truetune.cli import run
     from truetune.rundir import RunDir, outcome
-    from truetune.use import load
 
     out = tmp_path / "demo"
-    assert run(["demo", "--output-dir", str(out)]) == 0
+    assert run(["demo", "--output-dir", str(out), "--lang", "en"]) == 0
     printed = capsys.readouterr().out
     result = outcome(RunDir(out))
     assert result.eval_loss_before is not None
     assert result.eval_loss_after is not None
     assert result.eval_loss_after <= (1 - MIN_LOSS_FALL) * result.eval_loss_before
-    model = load(out)
-    questions = [question for question, _ in QUESTIONS]
-    base = model.answers(questions, is_base=True, max_new_tokens=48)
-    tuned = model.answers(questions, max_new_tokens=48)
-    learned = [is_learned(answer, fact) for answer, (_, fact) in zip(tuned, QUESTIONS, strict=True)]
-    assert not any(is_learned(answer, fact) for answer, (_, fact) in zip(base, QUESTIONS, strict=True))
-    assert sum(learned) >= MIN_LEARNED, tuned
-    assert f"tuned {sum(learned)} of 8" in printed
+    counts = re.search(r"base (\d) of 8, tuned (\d) of 8", printed)
+    assert counts is not None
+    assert int(counts[1]) == 0
+    assert int(counts[2]) >= MIN_LEARNED, printed
+    # The count is of what is on screen: each question with both answers, judged again from the text.
+    rows = {question: line for question, _ in QUESTIONS for line in printed.splitlines() if line.startswith(question)}
+    assert sum(is_learned(rows[question], fact) for question, fact in QUESTIONS) == int(counts[2])

@@ -47,7 +47,7 @@ def test_runs_are_listed_oldest_first(capsys: Capture) -> None:
     ]
 
 
-@pytest.mark.parametrize(("lang", "expected"), [("en", "No runs under runs.\n"), ("zh", "runs 下没有训练。\n")])
+@pytest.mark.parametrize(("lang", "expected"), [("en", "No runs under runs.\n"), ("zh", "runs 下没有训练记录。\n")])
 def test_no_run_yet_is_no_error(lang: str, expected: str, capsys: Capture) -> None:
     assert run(["runs", "--lang", lang]) == 0
     assert capsys.readouterr() == (expected, "")

@@ -146,7 +146,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         ALPACA | {"system": True},
         "row_not_text",
         "row_not_text",
-        {"name": "system", "kind": "true or false"},
+        {"name": "system", "kind": "boolean"},
     ),
     "no content": (
         {"messages": [{"role": "user"}, _assistant("b")]},

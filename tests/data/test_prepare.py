@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,13 +22,14 @@ from truetune.data.prepare import (
     MIN_ROWS_TO_HOLD_OUT,
     Prepared,
     hash_files,
+    hash_rows,
     num_steps,
     prepare,
-    read_pairs,
     split,
     write_rows,
 )
 from truetune.data.template import Renderer, build_renderer
+from truetune.engine.order import batches
 from truetune.errors import UserError
 from truetune.messages import text
 from truetune.records import Pair, Row
@@ -164,8 +167,7 @@ def test_tokens_are_those_of_the_pairs(mixed: Path, renderer: Renderer) -> None:
     assert report.learned_tokens == sum(len(pair.answer_ids) for pair in pairs)
     assert report.learned_template_tokens == 5 * 9
     assert report.total_tokens == sum(len(pair.prompt_ids) + len(pair.answer_ids) for pair in pairs)
-    assert [row.num_tokens for row in prepared.train] == [sum(map(len, row.pairs)) for row in prepared.train]
-    assert sum(row.num_tokens for row in prepared.train) == report.total_tokens
+    assert sum(len(pair) for row in prepared.train for pair in row.pairs) == report.total_tokens
     assert sum(row.num_learned_tokens for row in prepared.train) == report.learned_tokens
     lengths = sorted(map(len, pairs))
     assert report.longest == lengths[-1]
@@ -224,13 +226,13 @@ def test_note_for_a_template_without_stop_token(
     assert note not in _prepare(mixed, renderer).report.notes
 
 
-def _num_prefixes(rows: Sequence[Row], batch_size: int) -> int:
-    """Distinct prefixes of each batch, by writing out every one."""
+def _num_prefixes(prepared: Prepared, batch_size: int) -> int:
+    """Distinct prefixes of each step of the first epoch and of the held-out rows, by writing out every one."""
+    taken = itertools.islice(batches(len(prepared.train), batch_size, seed=42), -(-len(prepared.train) // batch_size))
+    steps = [[prepared.train[number] for number in numbers] for _, numbers in taken]
     total = 0
-    for start in range(0, len(rows), batch_size):
-        sequences = [
-            pair.prompt_ids + pair.answer_ids for row in rows[start : start + batch_size] for pair in row.pairs
-        ]
+    for rows in [*steps, prepared.held_out]:
+        sequences = [pair.prompt_ids + pair.answer_ids for row in rows for pair in row.pairs]
         total += len({ids[:length] for ids in sequences for length in range(1, len(ids) + 1)})
     return total
 
@@ -240,7 +242,7 @@ def test_trie_tokens(mixed: Path, renderer: Renderer) -> None:
     for batch_size in (1, 2, 3, 5, 7, 16):
         prepared = _prepare(mixed, renderer, batch_size=batch_size)
         counted[batch_size] = prepared.report.trie_tokens
-        assert prepared.report.trie_tokens == _num_prefixes(prepared.train, batch_size)
+        assert prepared.report.trie_tokens == _num_prefixes(prepared, batch_size)
         assert prepared.report.trie_tokens < prepared.report.total_tokens
     assert len(set(counted.values())) >= 4
     assert max(counted.values()) == counted[1]
@@ -252,7 +254,7 @@ def test_trie_tokens_of_rows_held_out(
 ) -> None:
     prepared = prepare(Config(data=[str(write_json(rows))]), renderer)
     assert (len(prepared.train), len(prepared.held_out)) == (32, 8)
-    assert prepared.report.trie_tokens == _num_prefixes([*prepared.train, *prepared.held_out], 16)
+    assert prepared.report.trie_tokens == _num_prefixes(prepared, 16)
 
 
 def test_nothing_usable(write_json: Callable[..., Path], renderer: Renderer) -> None:
@@ -279,7 +281,10 @@ def test_eval_data_is_held_out_whole(
     report = prepared.report
     assert (report.rows_read, report.rows_used, report.rows_refused, report.rows_held_out) == (44, 43, 1, 3)
     assert report.steps == num_steps(Config(), 40)
-    assert prepared.data_hash == hash_files([train, held_out])
+    # The same rows, all of them trained, are other data: what is computed differs.
+    assert prepared.data_hash != prepare(Config(data=[str(train), str(held_out)], eval_split=0), renderer).data_hash
+    indices = [row.index for row in [*prepared.train, *prepared.held_out]]
+    assert len(set(indices)) == 43
 
 
 def test_several_files_are_one_data_set(
@@ -451,14 +456,22 @@ def test_num_steps_counts_the_batches_of_an_epoch() -> None:
 def test_write_and_read_pairs(mixed: Path, renderer: Renderer, tmp_path: Path) -> None:
     rows = [*_prepare(mixed, renderer).train, Row(99, "其他.json:1", (Pair((), (2**31 - 1,), 0),))]
     write_rows(tmp_path / "rows.arrow", rows)
-    read = read_pairs(tmp_path / "rows.arrow")
+    read = _read(tmp_path / "rows.arrow")
     assert read == [(row.index, pair) for row in rows for pair in row.pairs]
     assert len(read) == 10
 
 
 def test_write_no_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.arrow", [])
-    assert read_pairs(tmp_path / "rows.arrow") == []
+    assert _read(tmp_path / "rows.arrow") == []
+
+
+def _read(path: Path) -> list[tuple[int, Pair]]:
+    """Row number and pair of each record, read by pyarrow alone."""
+    with pa.memory_map(str(path)) as source:
+        records = pa.ipc.open_file(source).read_all().to_pylist()
+    names = ("prompt_ids", "answer_ids")
+    return [(r["row"], Pair(*(tuple(r[name]) for name in names), r["num_template_tokens"])) for r in records]
 
 
 def test_hash_files(tmp_path: Path) -> None:
@@ -478,11 +491,14 @@ def test_hash_files(tmp_path: Path) -> None:
 
 
 def test_data_hash_follows_the_file(mixed: Path, renderer: Renderer) -> None:
+    """White space changes nothing that is computed; one letter, another template value or another split does."""
+    content = mixed.read_text(encoding="utf-8")
     before = _prepare(mixed, renderer)
-    content = mixed.read_bytes()
-    mixed.write_bytes(content + b"\n")
-    after = _prepare(mixed, renderer)
-    mixed.write_bytes(content)
-    assert before.train == after.train
-    assert before.data_hash != after.data_hash
-    assert before.data_hash == _prepare(mixed, renderer).data_hash == hash_files([mixed])
+    mixed.write_text(content + "\n", encoding="utf-8")
+    assert _prepare(mixed, renderer).data_hash == before.data_hash
+    output = before.train[0].answer
+    mixed.write_text(content.replace(output, output + "!"), encoding="utf-8")
+    hashes = {before.data_hash, _prepare(mixed, renderer).data_hash, hash_rows(before.train[1:], before.train[:1])}
+    hashes |= {hash_rows(before.train, []), hash_rows([], before.train), hash_rows(before.train[::-1], [])}
+    assert before.data_hash == hash_rows(before.train, before.held_out)
+    assert len(hashes) == 5

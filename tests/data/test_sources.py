@@ -64,7 +64,10 @@ def test_rows_and_their_lines(layout: str, name: str, tmp_path: Path) -> None:
     read = _read(path, LAYOUTS[layout])
     lines = _lines(LAYOUTS[layout])
     assert len(read) == len(lines) == len(ROWS)
-    assert read == [RawRow(f"{path}:{line}", row) for line, row in zip(lines, ROWS, strict=True)]
+    # A row on the line of the one before it carries its number, too.
+    numbers = [f"#{n}" if n > 1 and line == lines[n - 2] else "" for n, line in enumerate(lines, start=1)]
+    places = [f"{path}:{line}{number}" for line, number in zip(lines, numbers, strict=True)]
+    assert read == [RawRow(place, row) for place, row in zip(places, ROWS, strict=True)]
 
 
 def test_layouts_put_rows_on_different_lines() -> None:
@@ -198,7 +201,7 @@ def test_cut_file(case: str, tmp_path: Path, assert_fault: Callable[..., None]) 
 def test_cut_inside_a_character(tmp_path: Path, assert_fault: Callable[..., None]) -> None:
     path = tmp_path / "rows.json"
     error = _fault(path, '{"a": 1}\n{"a": "你'.encode()[:-1])
-    assert_fault(error, "data_cut", where=f"{path}:2", record="-")
+    assert_fault(error, "data_cut_in_character", fix="data_cut", where=f"{path}:2")
 
 
 HARD = {
@@ -282,7 +285,7 @@ BAD_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fraction": ("-1.5e3", "row_not_object", {"kind": "number"}),
     "text": ('"a text"', "row_not_object", {"kind": "text"}),
     "null": ("null", "row_not_object", {"kind": "null"}),
-    "true": ("true", "row_not_object", {"kind": "true or false"}),
+    "true": ("true", "row_not_object", {"kind": "boolean"}),
     "nested": ('{"data": [{"a": 1}, {"a": 2}]}', "row_nested", {"name": "data", "count": 2}),
     "nested, beside": ('{"version": "1", "rows": [{"a": 1}]}', "row_nested", {"name": "rows", "count": 1}),
 }
@@ -368,7 +371,7 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
 
 def test_every_fault_of_the_module_is_met_above() -> None:
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', Path(str(sources.__file__)).read_text()))
-    met = {"data_not_json", "data_cut", "data_empty", "data_utf16", "data_not_utf8"}
+    met = {"data_not_json", "data_cut", "data_cut_in_character", "data_empty", "data_utf16", "data_not_utf8"}
     met |= {key for _, key, _ in BAD_ROWS.values()} | {key for key, _, _ in NOT_FOUND.values()}
     assert met == named
     assert len(named) >= 11
@@ -380,8 +383,8 @@ def test_every_fault_of_the_module_is_met_above() -> None:
         (3, "number"),
         (-1.5, "number"),
         (0, "number"),
-        (True, "true or false"),
-        (False, "true or false"),
+        (True, "boolean"),
+        (False, "boolean"),
         (None, "null"),
         ([], "list"),
         ({}, "object"),

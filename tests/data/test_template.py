@@ -458,6 +458,26 @@ def test_instruction_response_without_an_end_token(small_tokenizer: Callable[...
     assert renderer.pairs(_conversation(_user("a"), _assistant("b")))[0].answer_ids[-1] == 257
 
 
+R1 = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}[assistant]{{ m['content'].split('</think>')[-1] }}</s>"
+    "{% else %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reasoning", ["because\nof it", ""])
+def test_prompt_that_opens_thinking_trains(reasoning: str, small_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = small_tokenizer(R1)
+    renderer = build_renderer(tokenizer, [])
+    assert renderer.opens_thinking
+    answer = _assistant("b") | ({"reasoning_content": reasoning} if reasoning else {})
+    (pair,) = renderer.pairs(_conversation(_user("a"), answer))
+    assert pair.prompt_ids == tuple(renderer.prompt_ids([_user("a")]))
+    assert tokenizer.decode(pair.prompt_ids) == "[user]a[assistant]<think>\n"
+    assert tokenizer.decode(pair.answer_ids) == f"{reasoning}\n</think>\n\nb</s>"
+    assert pair.answer_ids[-1] == tokenizer.eos_token_id
+
+
 def test_reasoning_that_the_template_drops_is_refused(
     small_tokenizer: Callable[..., Any], assert_fault: Callable[..., None]
 ) -> None:
@@ -606,7 +626,7 @@ def test_saved_tokenizer_renders_the_same(small_tokenizer: Callable[..., Any], t
     assert again.pairs(conversation) == renderer.pairs(conversation)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.parametrize("case", ["plain", "chinese", "system", "three turns", "jinja", "attack 1 everywhere"])
 def test_smollm2(case: str, smol_tokenizer: Any) -> None:
     renderer = build_renderer(smol_tokenizer, [smol_tokenizer.eos_token_id])

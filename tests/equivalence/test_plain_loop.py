@@ -14,14 +14,15 @@ import torch
 from truetune.config import resolve
 from truetune.data.prepare import prepare
 from truetune.data.template import build_renderer
+from truetune.engine import step
 from truetune.loop import Loop, Plan
 from truetune.records import Pair, Row
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.real
 
-STEPS, ROWS_PER_STEP, MAX_TOKENS, SEED, LEARNING_RATE, DROPOUT = 20, 4, 160, 7, 1e-3, 0.1
+STEPS, ROWS_PER_STEP, MAX_TOKENS, SEED, LEARNING_RATE, DROPOUT = 20, 2, 96, 7, 2e-4, 0.1
 TOLERANCE = 1e-5
-FAULT_STEPS = 2
+FAULT_STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def rows(smol_tokenizer: Any) -> Sequence[Row]:
     path = Path(__file__).resolve().parents[2] / "examples" / "lighthouse.json"
     config = resolve({"data": [str(path)], "eval_split": 0}).config
     prepared = prepare(config, build_renderer(smol_tokenizer, [2]))
-    return sorted(prepared.train, key=lambda row: row.num_tokens)[: STEPS * ROWS_PER_STEP]
+    return sorted(prepared.train, key=lambda row: len(row.pairs[0]))[: STEPS * ROWS_PER_STEP]
 
 
 def make_model(folder: Path) -> Any:
@@ -86,8 +87,9 @@ def run_plain(folder: Path, rows: Sequence[Row], events: list[dict[str, Any]]) -
             is_answer = torch.tensor([[len(p.prompt_ids) <= n < len(p) for n in range(width)] for p in forward])
             labels = torch.where(is_answer, ids, -100)
             logits = model(input_ids=ids[:, :-1], attention_mask=is_token[:, :-1].long()).logits
+            # Flat, as transformers' own loss: over a strided vocabulary torch's fp32 sum is off by 3e-5.
             loss = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="sum"
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
             )
             (loss / num_learned).backward()
             loss_sum += loss.item()
@@ -128,19 +130,30 @@ def steps_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event["kind"] == "step"]
 
 
-def test_twenty_steps_equal_a_plain_loop(smol: Path, rows: Sequence[Row]) -> None:
-    """Loss, grad norm and final adapter within 1e-5; the run moves the weights, so that this says something."""
+@pytest.fixture(scope="module")
+def ours(smol: Path, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Step events and adapter of our run."""
     events, adapter = run_ours(smol, rows, STEPS)
-    events = steps_of(events)
-    plain = run_plain(smol, rows, events)
-    found = differences((events, adapter), plain)
+    return steps_of(events), adapter
+
+
+@pytest.fixture(scope="module")
+def plain(smol: Path, rows: Sequence[Row], ours: tuple[Any, Any]) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """Losses, grad norms and adapter of the plain loop over the same rows."""
+    return run_plain(smol, rows, ours[0])
+
+
+def test_twenty_steps_equal_a_plain_loop(rows: Sequence[Row], ours: tuple[Any, Any], plain: tuple[Any, Any]) -> None:
+    """Loss, grad norm and final adapter within 1e-5; the loss falls, so that this says something."""
+    events = ours[0]
+    found = differences(ours, plain)
     print(found)
     assert len(events) == STEPS
-    assert (
-        sum(len(in_forwards(sorted((r.pairs[0] for r in rows if r.index in e["row_ids"]), key=len))) for e in events)
-        > STEPS
-    )
-    assert events[-1]["loss"] < events[0]["loss"] - 0.5
+    by_index = {row.index: row for row in rows}
+    num_forwards = [len(in_forwards(sorted((by_index[i].pairs[0] for i in e["row_ids"]), key=len))) for e in events]
+    assert set(num_forwards) == {1, 2}
+    thirds = [sum(event["loss"] for event in events[at : at + 7]) / 7 for at in (0, 13)]
+    assert thirds[1] < thirds[0] - 0.2
     assert all(value <= TOLERANCE for value in found.values()), found
 
 
@@ -160,21 +173,24 @@ FAULTS: dict[str, dict[str, Any]] = {
     "gradient doubled": {"wrap": lambda backward: lambda loss: backward(2 * loss)},
     "half the gradient lost": {"wrap": lose_every_second},
     "prompt not masked": {"change": unmask},
-    "other dropout seed": {"other_seed": True},
+    "other dropout seed": {"dropout_seed": SEED + 1},
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_seen(name: str, smol: Path, rows: Sequence[Row]) -> None:
-    """Each fault moves loss, grad norm or adapter past the tolerance within two steps."""
+def test_planted_faults_are_seen(
+    name: str, smol: Path, rows: Sequence[Row], plain: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fault moves the loss or the grad norm far past the tolerance within a few steps."""
     fault = dict(FAULTS[name])
     change = fault.pop("change", lambda row: row)
-    is_other_seed = fault.pop("other_seed", False)
-    used = rows[: FAULT_STEPS * ROWS_PER_STEP]
-    if is_other_seed:
-        events, adapter = run_ours(smol, used, FAULT_STEPS, seed=SEED + 1)
-    else:
-        events, adapter = run_ours(smol, [change(row) for row in used], FAULT_STEPS, **fault)
-    events = steps_of(events)
-    found = differences((events, adapter), run_plain(smol, used, events))
-    assert max(found.values()) > 10 * TOLERANCE, found
+    if "dropout_seed" in fault:
+        other, right = fault.pop("dropout_seed"), step.dropout_seed
+        monkeypatch.setattr(step, "dropout_seed", lambda _seed, at, *, forward: right(other, at, forward=forward))
+    events, _ = run_ours(smol, [change(row) for row in rows], FAULT_STEPS, **fault)
+    figures = plain[0][:FAULT_STEPS]
+    found = [
+        max(abs(event["loss"] / loss - 1), abs(event["grad_norm"] / norm - 1))
+        for event, (loss, norm) in zip(steps_of(events), figures, strict=True)
+    ]
+    assert max(found) > 10 * TOLERANCE, found

@@ -213,7 +213,7 @@ def test_every_reason_for_a_dtype_is_described() -> None:
 
 def test_text_fills_values_in_the_language() -> None:
     assert text("runs.none", folder="x") == "No runs under x."
-    assert text("runs.none", "zh", folder="x") == "x 下没有训练。"
+    assert text("runs.none", "zh", folder="x") == "x 下没有训练记录。"
     with pytest.raises(KeyError):
         text("no.such_key")
     with pytest.raises(KeyError):

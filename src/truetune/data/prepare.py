@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from truetune.config import Config
 from truetune.data.formats import ignored_keys, is_target, to_conversation
 from truetune.data.lengths import check_lengths
 from truetune.data.sources import find_files, read_rows
-from truetune.data.template import Renderer
+from truetune.data.template import CLOSE_THINKING, Renderer
+from truetune.engine.order import epoch_batches
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import RowError
 from truetune.messages import text
@@ -81,17 +83,18 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en") -> Prepared
         rows_held_out=len(held_out),
         steps=steps,
         diagnosis=_diagnose(config, steps, lang, num_duplicates=tally.num_duplicates, sides=(train, held_out)),
-        notes=_notes(notes, renderer, lang),
-        **_count_tokens([*train, *held_out], batch_size=config.rows_per_step),
+        notes=_notes(notes, renderer, [*train, *held_out], lang),
+        **_count_tokens(train, held_out, config),
     )
-    return Prepared(train, held_out, report, hash_files([*files, *held_out_files]))
+    return Prepared(train, held_out, report, hash_rows(train, held_out))
 
 
 def num_steps(config: Config, num_rows: int) -> int:
     """Return the optimizer steps of a run: the last, smaller batch of an epoch is kept."""
     per_epoch = -(-num_rows // config.rows_per_step)
-    total = -(-per_epoch * config.num_train_epochs // 1)
-    return int(min(total, config.max_steps)) if config.max_steps else int(total)
+    # Rounded before it is rounded up: 100 x 1.1 is 110.00000000000001.
+    total = math.ceil(round(per_epoch * config.num_train_epochs, 6))
+    return min(total, config.max_steps) if config.max_steps else total
 
 
 def split(rows: Sequence[Row], *, fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -156,10 +159,14 @@ def as_refusal(error: RowError, lang: str) -> Refusal:
     return Refusal(error.where, reason, text(f"fix.{error.fix}", lang, **error.values))
 
 
-def _notes(ignored: Counter[str], renderer: Renderer, lang: str) -> list[str]:
+def _notes(ignored: Counter[str], renderer: Renderer, rows: Sequence[Row], lang: str) -> list[str]:
     notes = [text("note.ignored_key", lang, name=name, count=count) for name, count in ignored.items()]
     if renderer.appends_stop:
         notes.append(text("note.appends_stop", lang))
+    if renderer.opens_thinking:
+        starts = (renderer.tokenizer.decode(pair.answer_ids[:6]) for row in rows for pair in row.pairs)
+        count = sum(start.startswith(CLOSE_THINKING.rstrip()) for start in starts)
+        notes.append(text("note.opens_thinking", lang, count=count))
     if renderer.date:
         notes.append(text("note.reads_clock", lang, date=renderer.date))
     return notes
@@ -186,10 +193,12 @@ def _diagnose(
     return [text(f"diagnosis.{key}", lang, **values) for is_found, key, values in found if is_found]
 
 
-def _count_tokens(rows: Sequence[Row], *, batch_size: int) -> dict[str, Any]:
-    pairs = [pair for row in rows for pair in row.pairs]
+def _count_tokens(train: Sequence[Row], held_out: Sequence[Row], config: Config) -> dict[str, Any]:
+    """Count tokens over all rows; common prefixes once in each step of the first epoch, and in the held-out rows."""
+    pairs = [pair for row in [*train, *held_out] for pair in row.pairs]
     lengths = np.array([len(pair) for pair in pairs] or [0])
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0)
+    batches = [[train[number] for number in step] for step in steps] + [list(held_out)]
     return {
         "pairs": len(pairs),
         "learned_tokens": sum(len(pair.answer_ids) for pair in pairs),
@@ -199,6 +208,18 @@ def _count_tokens(rows: Sequence[Row], *, batch_size: int) -> dict[str, Any]:
         "longest": int(lengths.max()),
         "quantiles": {f"p{q}": int(np.percentile(lengths, q, method="higher")) for q in (50, 90, 99)},
     }
+
+
+def hash_rows(*sides: Sequence[Row]) -> str:
+    """Return the sha256 over the token ids of all pairs: over what is computed, side by side."""
+    digest = hashlib.sha256()
+    for rows in sides:
+        digest.update(f"{len(rows)} rows;".encode())
+        for row in rows:
+            for pair in row.pairs:
+                digest.update(f"{row.index},{len(pair.prompt_ids)},{len(pair.answer_ids)};".encode())
+                digest.update(np.array(pair.prompt_ids + pair.answer_ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -221,16 +242,3 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     }
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=SCHEMA))
-
-
-def read_pairs(path: Path) -> list[tuple[int, Pair]]:
-    """Return (row index, pair) of each record that `write_rows` wrote, read through a memory map."""
-    with pa.memory_map(str(path)) as source:
-        records = pa.ipc.open_file(source).read_all().to_pylist()
-    return [
-        (
-            record["row"],
-            Pair(tuple(record["prompt_ids"]), tuple(record["answer_ids"]), record["num_template_tokens"]),
-        )
-        for record in records
-    ]

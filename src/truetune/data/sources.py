@@ -13,6 +13,7 @@ from truetune.errors import RowError, UserError
 from truetune.records import RawRow
 
 SUFFIXES = (".json", ".jsonl")
+BEHIND_ARRAY = "text behind the closing ]"
 _WHITESPACE = " \t\n\r"
 _CONSTANT = re.compile(r"[:\[,]\s*(NaN|-?Infinity)")
 
@@ -91,7 +92,7 @@ def _decode(path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         where = f"{path}:{line}"
         if error.reason == "unexpected end of data":
-            raise UserError("data_cut", where=where, fix="data_cut", record="-") from None
+            raise UserError("data_cut_in_character", where=where, fix="data_cut") from None
         raise UserError("data_not_utf8", where=where, fix="data_not_utf8", byte=error.start, path=str(path)) from None
 
 
@@ -103,7 +104,7 @@ def _skip(source: str, position: int) -> int:
 
 def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | RowError]:
     """Walk the elements of a top-level array, counting lines on the way."""
-    line, counted, number = 1, 0, 0
+    line, counted, number, where = 1, 0, 0, ""
     position = _skip(source, position)
     if source[position : position + 1] == "]":
         raise UserError("data_empty", where=str(path), fix="data_empty")
@@ -111,11 +112,14 @@ def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | Row
         line += source.count("\n", counted, position)
         counted = position
         number += 1
+        # Several rows on one line (json.dump writes all on the first): the number tells them apart.
+        is_same_line = where.partition("#")[0] == f"{path}:{line}"
+        where = f"{path}:{line}#{number}" if is_same_line else f"{path}:{line}"
         try:
             value, end = _DECODER.raw_decode(source, position)
-            yield _as_row(f"{path}:{line}", value)
+            yield _as_row(where, value)
         except _Duplicate as error:
-            yield RowError("row_key_twice", where=f"{path}:{line}", fix="row_key_twice", name=str(error))
+            yield RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
             end = _end_of(path, source, position, number)
         except (ValueError, RecursionError) as error:
             raise _not_json(path, source, error, position, number) from None
@@ -127,7 +131,7 @@ def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | Row
         position = _skip(source, position + 1)
     rest = _skip(source, position + 1)
     if rest < len(source):
-        raise _not_json(path, source, json.JSONDecodeError("text behind the closing ]", source, rest), rest, number)
+        raise _not_json(path, source, json.JSONDecodeError(BEHIND_ARRAY, source, rest), rest, number)
 
 
 def _end_of(path: Path, source: str, position: int, number: int) -> int:
@@ -188,7 +192,8 @@ def _not_json(
     where = f"{path}:{source.count(chr(10), 0, at) + 1}:{at - start + 1}"
     # The fault is at the end, or in a last line that nothing closes: the file was cut.
     rest = source[at:].rstrip()
-    if not rest or ("\n" not in rest and not rest.endswith(("]", "}"))):
+    is_behind = isinstance(error, json.JSONDecodeError) and error.msg in ("Extra data", BEHIND_ARRAY)
+    if not is_behind and (not rest or ("\n" not in rest and not rest.endswith(("]", "}")))):
         return UserError("data_cut", where=where, fix="data_cut", record=record)
     context = (source[max(start, at - 30) : at + 30].splitlines() or [""])[0]
     return UserError("data_not_json", where=where, fix="data_not_json", problem=problem, context=context)
@@ -200,5 +205,5 @@ def kind_of(value: Any) -> str:
     >>> kind_of(3), kind_of(None), kind_of([])
     ('number', 'null', 'list')
     """
-    names = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
+    names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

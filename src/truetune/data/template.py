@@ -42,6 +42,7 @@ TEMPLATES = {
 }
 """For tokenizers without a chat template of their own; written out with the adapter."""
 
+OPEN_THINKING, CLOSE_THINKING = "<think>", "\n</think>\n\n"
 TEMPLATE_FILE = "chat_template.jinja"
 CHATML_STOP = "<|im_end|>"
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
@@ -120,9 +121,11 @@ class Renderer:
             full = self._render(messages[: turn + 1], prompt=False)
         except _TEMPLATE_ERRORS as error:
             raise RowError("template_raised", where=where, fix="template_raised", problem=error) from None
+        rest: str | None = full[len(prompt) :]
         if not full.startswith(prompt):
+            rest = self._behind_open_thinking(prompt, full, messages[turn])
+        if rest is None:
             raise self._not_a_prefix(where, prompt, full, messages[turn])
-        rest = full[len(prompt) :]
         given = [self._marked(str(messages[turn].get(key, ""))) for key in ("content", "reasoning_content")]
         if any(text.strip() not in rest for text in given):
             raise RowError("template_loses_text", where=where, fix="template_loses_text", rest=_shown(rest))
@@ -130,6 +133,29 @@ class Renderer:
         num_given_tokens = sum(len(self._encode(text if text in rest else text.strip())) for text in given)
         num_template_tokens = max(len(answer_ids) - num_given_tokens, 1)
         return Pair(tuple(self._encode(prompt)), tuple(answer_ids), num_template_tokens)
+
+    @property
+    def opens_thinking(self) -> bool:
+        """True if the prompt ends inside a thinking block (DeepSeek-R1's distills, QwQ)."""
+        try:
+            return self._render([{"role": "user", "content": "."}], prompt=True).rstrip().endswith(OPEN_THINKING)
+        except _TEMPLATE_ERRORS:
+            return False
+
+    def _behind_open_thinking(self, prompt: str, full: str, message: Message) -> str | None:
+        """Return what follows a prompt that opens a thinking block which the full text drops, else None.
+
+        prompt   <user>Q<assistant><think>\\n
+        full     <user>Q<assistant>answer<stop>
+        rest     reasoning\\n</think>\\n\\nanswer<stop>      without reasoning the block is empty
+        """
+        before, thinking, behind = prompt.rpartition(OPEN_THINKING)
+        content = self._marked(str(message["content"])).strip()
+        shown = full[len(before) :]
+        if not thinking or behind.strip() or not full.startswith(before) or content not in shown:
+            return None
+        reasoning = self._marked(str(message.get("reasoning_content", "")))
+        return f"{reasoning}{CLOSE_THINKING}{content}{shown[shown.index(content) + len(content) :]}"
 
     def _until_stop(self, where: str, rest_ids: list[int]) -> list[int]:
         """Cut behind the first stop id; where the template writes none (GLM-4's shape), append the first declared."""
