@@ -116,7 +116,7 @@ def test_many_refused_rows_are_counted(capsys: pytest.CaptureFixture[str]) -> No
     show_refused(report(refused=refusals(MAX_REFUSED_SHOWN + 7)), Console())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * MAX_REFUSED_SHOWN + 1
-    assert lines[-1] == "… and 7 more refused rows (3 different reasons); --show refused lists all."
+    assert lines[-1] == "… and 7 more refused rows (3 reasons); see truetune check --show refused."
 
 
 def test_exactly_as_many_as_are_shown_are_not_counted(capsys: pytest.CaptureFixture[str]) -> None:

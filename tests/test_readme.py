@@ -46,6 +46,9 @@ def words_of(command: str) -> list[str]:
     words = [word if word != LARGE_MODEL else "MODEL" for word in shlex.split(command)[1:]]
     if "--resume" in words:
         return words
+    if words[0] == "chat":
+        # A model of random weights would talk to the limit.
+        words += ["--max-new-tokens", "8"]
     if words[0] == "train":
         words += ["--max-steps", "2"]
     if "examples/huanhuan.yaml" in words:

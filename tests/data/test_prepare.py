@@ -81,7 +81,7 @@ def test_huanhuan(shared: Path, renderer: Renderer) -> None:
     assert without.report.learned_tokens == sum(map(len, answers)) + 3729
     # The empty think block stands in the prompt instead of in the answer.
     assert prepared.report.total_tokens == without.report.total_tokens
-    assert prepared.data_hash == without.data_hash
+    assert prepared.data_hash != without.data_hash
     read = sorted([*prepared.train, *prepared.held_out], key=lambda row: row.index)
     assert [row.answer for row in read] == [row["output"] for row in rows]
     assert len({row.where for row in read}) == 3729
@@ -168,7 +168,7 @@ def test_tokens_are_those_of_the_pairs(mixed: Path, renderer: Renderer) -> None:
     assert report.learned_template_tokens == 5 * 9
     assert report.total_tokens == sum(len(pair.prompt_ids) + len(pair.answer_ids) for pair in pairs)
     assert sum(len(pair) for row in prepared.train for pair in row.pairs) == report.total_tokens
-    assert sum(row.num_learned_tokens for row in prepared.train) == report.learned_tokens
+    assert sum(len(pair.answer_ids) for row in prepared.train for pair in row.pairs) == report.learned_tokens
     lengths = sorted(map(len, pairs))
     assert report.longest == lengths[-1]
     assert report.quantiles == {f"p{q}": lengths[math.ceil(q / 100 * (len(lengths) - 1))] for q in (50, 90, 99)}
