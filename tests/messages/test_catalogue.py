@@ -31,7 +31,6 @@ NO_KEYS = {"train.arrow"}
 SAME = {
     "error.machine",
     "error.usage",
-    "error.lora_no_target",
     "fix.extra_missing",
     "label.python",
     "label.cpu",
