@@ -119,7 +119,7 @@ def test_markup_in_a_value_is_printed_as_it_is(capsys: pytest.CaptureFixture[str
 
 
 def test_markup_in_a_fault_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().error(UserError("show", where=MARKUP, fix="row_not_text", value=MARKUP, name=MARKUP))
+    Console().error(UserError("show", where=MARKUP, fix="config_value", value=MARKUP, name=MARKUP))
     assert capsys.readouterr().err.count(MARKUP) == 3
 
 

@@ -216,7 +216,7 @@ def _run(path: Path) -> None:
 
 OUTPUTS = [
     (_nothing, False, None),
-    (_nothing, True, None),
+    (_nothing, True, "output_no_run"),
     (_empty, False, None),
     (_empty, True, "output_no_run"),
     (_file, False, "output_is_file"),
