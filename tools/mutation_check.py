@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "11 text lost by the template is trained",
         "data/template.py",
-        "if content.strip() not in rest:",
+        "if any(text.strip() not in rest for text in given):",
         "if False:",
         "tests/data/test_template.py",
     ),
@@ -119,10 +119,10 @@ MUTANTS = (
     ),
     Mutant(
         "26 resume replays the data from the start",
-        "loop.py",
-        "epoch, skip = divmod(start, per_epoch)",
-        "epoch, skip = divmod(0, per_epoch)",
-        "tests/test_loop.py",
+        "engine/order.py",
+        "epoch, skip = divmod(start, math.ceil(num_rows / batch_size))",
+        "epoch, skip = divmod(0, math.ceil(num_rows / batch_size))",
+        "tests/engine/test_order.py",
     ),
     Mutant(
         "28 optimizer starts anew on resume",
