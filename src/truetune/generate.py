@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from truetune.data.template import Renderer
+from truetune.data.template import CLOSE_THINKING, OPEN_THINKING, Renderer
 from truetune.model import pad_id
 from truetune.records import Message
 
-EMPTY_THINKING = "<think>\n\n</think>\n\n"
+EMPTY_THINKING = f"{OPEN_THINKING}\n{CLOSE_THINKING}"
 """What Qwen3's template writes before an answer without reasoning; learned, and not shown."""
-
 
 NO_DISTORTION = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": None, "typical_p": 1.0, "num_beams": 1}
 """What a model's generation_config.json may bring along (Qwen2.5: a repetition penalty), so that greedy is greedy."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from truetune.data.template import Renderer
 from truetune.errors import UserError
-from truetune.records import Message
+from truetune.records import Message, first_difference
 from truetune.rundir import to_json, write_atomic
 
 FILE = "truetune.json"
@@ -60,9 +60,6 @@ def check(folder: Path, renderer: Renderer, *, probes: Sequence[dict[str, Any]])
     for number, probe in enumerate(probes, start=1):
         found, trained = renderer.prompt_ids(probe["messages"]), probe["prompt_ids"]
         if found != trained:
-            at = next(
-                (n for n, (a, b) in enumerate(zip(found, trained, strict=False)) if a != b),
-                min(len(found), len(trained)),
-            )
+            at = first_difference(found, trained)
             raise UserError("probe_differs", where=str(folder / FILE), fix="probe_differs", number=number, at=at)
     return len(probes)

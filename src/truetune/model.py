@@ -85,7 +85,7 @@ def hash_file(path: Path) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return a sha256 over the configuration and 64 places of each weight file: fast on 8 GB, blind to no re-save."""
+    """Return a sha256 over the configuration and 64 places of each weight file: quick on 8 GB, blind between them."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size

@@ -26,6 +26,16 @@ Message = dict[str, Any]
 """One turn: `role`, `content`; the assistant's may hold `reasoning_content` and `is_target` (False = only read)."""
 
 
+def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return the index at which two sequences part; the shorter one's length if it starts the longer one.
+
+    >>> first_difference("abcd", "abx"), first_difference((1, 2), (1, 2, 3))
+    (2, 2)
+    """
+    parted = (at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(parted, min(len(a), len(b)))
+
+
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row as it stands in a file; `where` is "file:line"."""

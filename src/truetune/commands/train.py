@@ -21,7 +21,7 @@ def command(lang: str) -> click.Command:
         path = Path(config_file) if config_file else None
         if resume and path is None and flags.get("output_dir"):
             # The values in force then, what "auto" chose included.
-            saved = RunDir(Path(flags["output_dir"])).config
+            saved = RunDir(Path(flags["output_dir"]).expanduser()).config
             path = saved if saved.is_file() else None
         settings = resolve(flags, path)
         from truetune.console import Console

@@ -26,7 +26,7 @@ from jinja2.exceptions import TemplateError
 
 from truetune.data.formats import is_target
 from truetune.errors import RowError, UserError
-from truetune.records import Conversation, Message, Pair
+from truetune.records import Conversation, Message, Pair, first_difference
 
 TEMPLATES = {
     "chatml": (
@@ -169,10 +169,9 @@ class Renderer:
         return rest_ids[: end + 1]
 
     def _not_a_prefix(self, where: str, prompt: str, full: str, message: Message) -> RowError:
-        parted = next((at for at, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
-        start = max(parted - 20, 0)
+        start = max(first_difference(prompt, full) - 20, 0)
         shown = {"prompt": _shown(prompt[start:]), "full": _shown(full[start:])}
-        has_reasoning = bool(message.get("reasoning_content")) or "</think>" in str(message["content"])
+        has_reasoning = bool(message.get("reasoning_content")) or CLOSE_THINKING.strip() in str(message["content"])
         if has_reasoning and self.template_kwargs.get("enable_thinking") is False:
             return RowError("template_not_prefix", where=where, fix="template_thinking_off", **shown)
         return RowError("template_not_prefix", where=where, fix="template_not_prefix", **shown)

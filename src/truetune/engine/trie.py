@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from truetune.records import Pair
+from truetune.records import Pair, first_difference
 
 
 def count_trie_tokens(pairs: Iterable[Pair]) -> int:
@@ -19,7 +19,6 @@ def count_trie_tokens(pairs: Iterable[Pair]) -> int:
     previous: tuple[int, ...] = ()
     total = 0
     for ids in sorted(pair.prompt_ids + pair.answer_ids for pair in pairs):
-        shared = next((n for n, (a, b) in enumerate(zip(previous, ids, strict=False)) if a != b), None)
-        total += len(ids) - (min(len(previous), len(ids)) if shared is None else shared)
+        total += len(ids) - first_difference(previous, ids)
         previous = ids
     return total
