@@ -48,7 +48,7 @@ def test_only_lora_is_optimised_in_fp32(
     assembly = build(write_json(rows), tiny_qwen, dtype="bfloat16", weight_decay=0.1)
     optimizer = assembly.state.optimizer
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    named = dict(assembly.loop.model.named_parameters())
+    named = dict(assembly.loop.engine.model.named_parameters())
     assert held == {id(p) for name, p in named.items() if "lora_" in name}
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
@@ -63,8 +63,8 @@ def test_every_auto_is_chosen_and_named(
     """No "auto" is left in the settings that are written down, and each choice says where it came from."""
     assembly = build(write_json(rows), tiny_qwen)
     values = assembly.settings.config.model_dump()
-    autos = ("dtype", "gradient_checkpointing", "max_tokens_per_forward", "eval_steps", "save_steps")
-    assert [assembly.settings.origins[key] for key in autos] == ["auto"] * 5
+    autos = ("dtype", "attention", "gradient_checkpointing", "max_tokens_per_forward", "eval_steps", "save_steps")
+    assert [assembly.settings.origins[key] for key in autos] == ["auto"] * 6
     assert "auto" not in [values[key] for key in autos]
 
 
@@ -78,7 +78,7 @@ def test_checkpointing_changes_no_gradient(
         data = preflight(assembly.settings.config, Console(quiet=True)).prepared.train
         events = list(assembly.loop.run(data))
         figures[is_on] = [(event["loss"], event["grad_norm"]) for event in events]
-        assert all(p.grad is None for p in assembly.loop.model.parameters())
+        assert all(p.grad is None for p in assembly.loop.engine.model.parameters())
     assert len(figures[True]) == 3
     for one, other in zip(figures[True], figures[False], strict=True):
         assert one == pytest.approx(other, rel=1e-6)

@@ -192,6 +192,7 @@ VALUES = {
     "lora_dropout": "0.5",
     "target_modules": "q_proj,v_proj",
     "dtype": "float32",
+    "attention": "padded",
     "gradient_checkpointing": "true",
     "max_tokens_per_forward": "512",
     "logging_steps": "3",

@@ -203,6 +203,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("lora_dropout", -0.1),
     ("target_modules", 3),
     ("dtype", "float16"),
+    ("attention", "flash"),
     ("gradient_checkpointing", "sometimes"),
     ("max_tokens_per_forward", 0),
     ("logging_steps", 0),
@@ -234,7 +235,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 51
+    assert len(BAD_VALUES) == 52
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from truetune.engine.step import Engine
 from truetune.evaluate import (
     MAX_EVALUATIONS,
     MAX_SHARE,
@@ -112,4 +113,4 @@ def test_many_cases_pay_for_more_than_two_evaluations() -> None:
 
 
 def test_without_rows_there_is_no_loss() -> None:
-    assert loss_evaluator(None, [], max_tokens=10, pad_id=0)() is None
+    assert loss_evaluator(Engine(None, "trie", 0, 10), [])() is None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from truetune.engine.step import Engine
 from truetune.errors import NumericsError
 from truetune.loop import Loop, Plan
 from truetune.model import Base, add_lora, load_base
@@ -18,7 +19,7 @@ from truetune.records import Pair, Row
 ROWS = [Row(n, f"data.json:{n}", (Pair((5, 6, 7 + n), (*tuple(range(20, 22 + n % 5)), 2)),)) for n in range(10)]
 
 
-def make_loop(folder: Path, *, num_steps: int = 3, max_tokens: int = 1000, dropout: float = 0.0, seed: int = 1) -> Loop:
+def make_loop(folder: Path, *, num_steps: int = 3, dropout: float = 0.0, seed: int = 1, **engine: Any) -> Loop:
     """A loop over the tiny model, LoRA's B away from zero so that every gradient is alive from the first step."""
     model = load_base(Base(str(folder), folder, ""), "float32")
     model = add_lora(model, r=4, alpha=8, dropout=dropout, targets=["all-linear"], seed=0)
@@ -27,13 +28,14 @@ def make_loop(folder: Path, *, num_steps: int = 3, max_tokens: int = 1000, dropo
             torch.nn.init.normal_(parameter, std=0.1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    plan = Plan(num_steps, 4, seed, max_tokens, 0, 1.0, 2, 2)
-    return Loop(model, optimizer, scheduler, plan, lambda loss: loss.backward())
+    plan = Plan(num_steps, 4, seed, 1.0, 2, 2)
+    engine = Engine(model, **{"kind": "trie", "pad_id": 0, "max_tokens": 1000, **engine})
+    return Loop(engine, optimizer, scheduler, plan, lambda loss: loss.backward())
 
 
 def adapter_of(loop: Loop) -> dict[str, torch.Tensor]:
     """The trainable weights, copied."""
-    return {name: p.detach().clone() for name, p in loop.model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in loop.engine.model.named_parameters() if p.requires_grad}
 
 
 def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:
@@ -88,9 +90,9 @@ def test_evaluation_does_not_disturb_training(tiny_qwen: Path) -> None:
 def test_every_adapter_weight_moves_and_no_other(tiny_qwen: Path) -> None:
     """After two steps each A and each B has moved, and no base weight has (E7, E9)."""
     loop = make_loop(tiny_qwen, num_steps=2)
-    before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in loop.engine.model.named_parameters()}
     list(loop.run(ROWS))
-    moved = {name for name, p in loop.model.named_parameters() if not torch.equal(p, before[name])}
+    moved = {name for name, p in loop.engine.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert len(moved) == 2 * 2 * 7
 
@@ -102,7 +104,7 @@ def poison(loop: Loop, rows: Sequence[Row]) -> list[Any]:
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
         if next(calls) == 2:
-            next(p for p in loop.model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+            next(p for p in loop.engine.model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
 
     loop.backward = backward
     return list(loop.run(rows))

@@ -161,9 +161,11 @@ def test_auto_is_what_it_was(data: Path, tiny_qwen: Path, tmp_path: Path, monkey
     words = arguments(data, tiny_qwen, out, "--max-steps", "2")
     assert run(words) == 0
     RunDir(out).write_info(state="running")
-    monkeypatch.setattr(assembly, "choose_checkpointing", lambda *_: True)
-    monkeypatch.setattr(assembly, "choose_max_tokens", lambda: 64)
+    called: list[str] = []
+    monkeypatch.setattr(assembly, "choose_limits", lambda *_, **__: called.append("limits"))
+    monkeypatch.setattr(assembly, "choose_engine", lambda *_, **__: called.append("engine"))
     assert run([*words, "--resume"]) == 0
+    assert called == []
 
 
 def test_finished_run_says_so(whole: Path, data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:

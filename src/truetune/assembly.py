@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from transformers import get_scheduler
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
-from truetune.engine.memory import choose_checkpointing, choose_max_tokens
-from truetune.errors import UserError
+from truetune.engine.compare import Choice, choose_engine, use_kind
+from truetune.engine.memory import Limits, choose_limits, set_checkpointing
+from truetune.engine.step import Engine, Kind, scaled_from
+from truetune.errors import NumericsError, UserError
 from truetune.evaluate import choose_eval_steps, limit_rows, loss_evaluator
-from truetune.loop import Loop, Plan
+from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
 from truetune.preflight import Preflight
 from truetune.records import Row
@@ -37,13 +39,17 @@ FREE_KEYS = (
 
 @dataclass(frozen=True)
 class Assembly:
-    """A loop ready to run. `settings`: with every "auto" chosen. `evaluate`: gives the held-out loss."""
+    """A loop ready to run. `settings`: with every "auto" chosen. `evaluate`: gives the held-out loss.
+
+    `events`: what was compared and measured to choose, for the run's log; none where it was chosen before.
+    """
 
     settings: Settings
     accelerator: Accelerator
     loop: Loop
     evaluate: Callable[[], float | None]
     state: State
+    events: tuple[Event, ...] = ()
 
 
 def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Console) -> Assembly:
@@ -62,17 +68,79 @@ def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Co
     dtype, reason = choose_dtype(config.dtype)
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
         model = accelerator.prepare(_load(flight.base, config, dtype))
-    settings, held_out = _choose(settings.with_chosen(dtype=dtype), flight, model)
+    settings = settings.with_chosen(dtype=dtype)
+    engine, settings, events = _engine(settings, flight, model, console)
+    settings, held_out = _choose(settings, flight)
     config = settings.config
-    if config.gradient_checkpointing is True:
-        model.activation_checkpointing_enable()
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
-    plan = _plan(config, num_steps=flight.prepared.report.steps, filler=pad_id(flight.renderer.tokenizer))
-    loop = Loop(model, optimizer, scheduler, plan, accelerator.backward)
-    evaluate = loss_evaluator(model, held_out, max_tokens=plan.max_tokens, pad_id=plan.pad_id)
+    loop = Loop(engine, optimizer, scheduler, _plan(config, flight.prepared.report.steps), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
-    return Assembly(settings, accelerator, loop, evaluate, state)
+    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, events)
+
+
+def _engine(
+    settings: Settings, flight: Preflight, model: Any, console: Console
+) -> tuple[Engine, Settings, tuple[Event, ...]]:
+    """Return the engine that agrees with the model and fits into memory, with what was chosen and the events of it."""
+    config = settings.config
+    filler = pad_id(flight.renderer.tokenizer)
+    plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model))
+    choice = _compared(plain, settings, flight, console)
+    size, recompute = config.max_tokens_per_forward, config.gradient_checkpointing
+    if size == "auto" or recompute == "auto":
+        with console.status("status.measure"):
+            engine, limits = choose_limits(
+                choice.engine,
+                [*flight.prepared.train, *flight.prepared.held_out],
+                max_tokens=None if size == "auto" else int(size),
+                is_checkpointed=None if recompute == "auto" else bool(recompute),
+            )
+    else:
+        engine, limits = replace(choice.engine, max_tokens=int(size)), None
+        set_checkpointing(engine, is_on=bool(recompute))
+    chosen: dict[str, Any] = {"attention": engine.kind, "max_tokens_per_forward": engine.max_tokens}
+    if limits is not None:
+        chosen["gradient_checkpointing"] = limits.is_checkpointed
+    _show_engine(choice, limits, console)
+    return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
+
+
+def _compared(plain: Engine, settings: Settings, flight: Preflight, console: Console) -> Choice:
+    """Return the engine of the kind that was asked for, if it agrees with plain; of the fastest that does, for auto.
+
+    What an earlier start of the run chose is taken as it is.
+
+    Raises: NumericsError if a kind that was asked for computes something else.
+    """
+    asked = settings.config.attention
+    if asked == "plain" or (asked != "auto" and settings.origins["attention"] == "auto"):
+        return Choice(use_kind(replace(plain, kind=asked)), ())
+    if asked == "flex" and plain.device.type != "cuda":
+        raise UserError("flex_needs_gpu", where="attention", fix="flex_needs_gpu")
+    kinds: tuple[Kind, ...] = ("trie", "padded") if asked == "auto" else (asked,)
+    pairs = [pair for row in flight.prepared.train for pair in row.pairs]
+    with console.status("status.compare"):
+        choice = choose_engine(plain, pairs, kinds=kinds)
+    if asked not in ("auto", choice.engine.kind):
+        result = choice.comparisons[-1]
+        raise NumericsError("engine_differs", where="attention", fix="engine_differs", **asdict(result))
+    return choice
+
+
+def _show_engine(choice: Choice, limits: Limits | None, console: Console) -> None:
+    for result in choice.comparisons:
+        key = "train.engine_same" if result.is_same else "train.engine_other"
+        console.say(key, **{**asdict(result), "problem": result.problem or console.text("train.engine_differs")})
+    if limits is not None:
+        console.say("train.memory", tokens=limits.max_tokens, gigabytes=limits.peak_bytes / 1e9)
+
+
+def _events(choice: Choice, limits: Limits | None) -> Iterator[Event]:
+    for result in choice.comparisons:
+        yield {"kind": "comparison", "attention": result.kind, **asdict(result), "chosen": choice.engine.kind}
+    if limits is not None:
+        yield {"kind": "memory", **asdict(limits)}
 
 
 def _load(base: Base, config: Config, dtype: str) -> Any:
@@ -100,32 +168,25 @@ def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.opt
     return optimizer, scheduler
 
 
-def _plan(config: Config, *, num_steps: int, filler: int) -> Plan:
+def _plan(config: Config, num_steps: int) -> Plan:
     """Return the loop's numbers; every "auto" is chosen by now."""
     return Plan(
         num_steps=num_steps,
         batch_size=config.rows_per_step,
         seed=config.seed,
-        max_tokens=int(config.max_tokens_per_forward),
-        pad_id=filler,
         max_grad_norm=config.max_grad_norm,
         eval_steps=int(config.eval_steps),
         save_steps=int(config.save_steps),
     )
 
 
-def _choose(settings: Settings, flight: Preflight, model: Any) -> tuple[Settings, list[Row]]:
-    """Replace every "auto" by a value, and choose the held-out rows that are evaluated."""
+def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]:
+    """Replace every "auto" that is left by a value, and choose the held-out rows that are evaluated."""
     config, prepared = settings.config, flight.prepared
     steps = prepared.report.steps
     num_trained_rows = min(steps * config.rows_per_step, int(len(prepared.train) * config.num_train_epochs + 1))
     held_out = list(prepared.held_out if config.eval_data else limit_rows(prepared.held_out, num_trained_rows))
     chosen: dict[str, Any] = {}
-    if config.max_tokens_per_forward == "auto":
-        chosen["max_tokens_per_forward"] = choose_max_tokens()
-    if config.gradient_checkpointing == "auto":
-        tokens = max(int(chosen.get("max_tokens_per_forward", config.max_tokens_per_forward)), prepared.report.longest)
-        chosen["gradient_checkpointing"] = choose_checkpointing(model, tokens)
     if config.eval_steps == "auto":
         chosen["eval_steps"] = choose_eval_steps(steps, num_trained_rows=num_trained_rows, num_rows=len(held_out))
     if config.save_steps == "auto":

@@ -86,6 +86,7 @@ class Config(BaseModel):
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     target_modules: Words = Field(default_factory=lambda: ["all-linear"])
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "trie", "flex", "padded", "plain"] = "auto"
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     max_tokens_per_forward: AutoInt = "auto"
     logging_steps: PositiveInt = 1

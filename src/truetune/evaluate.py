@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from truetune.engine.step import held_out_loss
+from truetune.engine.step import Engine, held_out_loss
 from truetune.records import Row
 
 MAX_SHARE = 0.05
@@ -18,12 +17,12 @@ MAX_EVALUATIONS = 10
 MIN_ROWS = 8
 
 
-def loss_evaluator(model: Any, rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Callable[[], float | None]:
+def loss_evaluator(engine: Engine, rows: Sequence[Row]) -> Callable[[], float | None]:
     """Return a function that gives the model's loss on `rows` as it is now, or None if there are none."""
     pairs = [pair for row in rows for pair in row.pairs]
     if not pairs:
         return lambda: None
-    return lambda: held_out_loss(model, pairs, max_tokens=max_tokens, pad_id=pad_id)
+    return lambda: held_out_loss(engine, pairs)
 
 
 def limit_rows(rows: Sequence[Row], num_trained_rows: int) -> Sequence[Row]:

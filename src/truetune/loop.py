@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import psutil
 import torch
 
 from truetune.engine.order import batches
-from truetune.engine.step import train_step
+from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError
-from truetune.records import Row
+from truetune.records import Pair, Row
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
@@ -28,18 +29,27 @@ class Plan:
     num_steps: int
     batch_size: int
     seed: int
-    max_tokens: int
-    pad_id: int
     max_grad_norm: float
     eval_steps: int
     save_steps: int
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, ready to compute. `epoch`: how many are done after it."""
+
+    step: int
+    epoch: float
+    rows: Sequence[Row]
+    forwards: Sequence[Forward]
+    trie_tokens: int
+
+
 @dataclass
 class Loop:
-    """Model, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
+    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
 
-    model: Any
+    engine: Engine
     optimizer: torch.optim.Optimizer
     scheduler: Any
     plan: Plan
@@ -62,11 +72,10 @@ class Loop:
         plan = self.plan
         if start == 0:
             yield from _evaluation(0, evaluate)
-        self.model.train()
-        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start)
-        for step in range(start + 1, plan.num_steps + 1):
-            epoch, numbers = next(order)
-            yield self._step(step, epoch, [rows[number] for number in numbers])
+        self.engine.model.train()
+        for batch in self._batches(rows, start):
+            step = batch.step
+            yield self._step(batch)
             is_last = step == plan.num_steps
             if is_last or step % plan.eval_steps == 0:
                 yield from _evaluation(step, evaluate)
@@ -76,32 +85,44 @@ class Loop:
             if is_stopped:
                 return
 
-    def _step(self, step: int, epoch: float, rows: Sequence[Row]) -> Event:
+    def _batches(self, rows: Sequence[Row], start: int) -> Iterator[Batch]:
+        """Yield the batches from step `start` + 1 on; while one is computed, a thread builds the next one's tries."""
+        plan = self.plan
+        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start)
+
+        def build(step: int) -> Batch:
+            epoch, numbers = next(order)
+            chosen = [rows[number] for number in numbers]
+            pairs = _pairs_of(chosen)
+            return Batch(step, epoch, chosen, make_forwards(self.engine, pairs), count_trie_tokens(pairs))
+
+        with ThreadPoolExecutor(max_workers=1) as builder:
+            following = builder.submit(build, start + 1)
+            for step in range(start + 1, plan.num_steps + 1):
+                batch = following.result()
+                if step < plan.num_steps:
+                    following = builder.submit(build, step + 1)
+                yield batch
+
+    def _step(self, batch: Batch) -> Event:
         """Take one optimizer step and return its event."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        pairs = [pair for row in rows for pair in row.pairs]
-        result = train_step(
-            self.model,
-            pairs,
-            max_tokens=self.plan.max_tokens,
-            pad_id=self.plan.pad_id,
-            seeds=(self.plan.seed, step),
-            backward=self.backward,
-        )
+        step, rows = batch.step, batch.rows
+        result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self._update(step, rows, result.loss)
         seconds = time.perf_counter() - began
         return {
             "kind": "step",
             "step": step,
-            "epoch": round(epoch, 4),
+            "epoch": round(batch.epoch, 4),
             "loss": result.loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "rows": len(rows),
-            "pairs": len(pairs),
+            "pairs": len(_pairs_of(rows)),
             "learned_tokens": result.num_learned_tokens,
-            "trie_tokens": count_trie_tokens(pairs),
+            "trie_tokens": batch.trie_tokens,
             "computed_tokens": result.num_tokens,
             "seconds": seconds,
             "memory_bytes": _memory_bytes(),
@@ -116,7 +137,7 @@ class Loop:
         Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite: one NaN would
         make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in self.engine.model.parameters() if parameter.requires_grad]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             origins = ", ".join(row.where for row in rows)
@@ -127,6 +148,10 @@ class Loop:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+
+def _pairs_of(rows: Sequence[Row]) -> list[Pair]:
+    return [pair for row in rows for pair in row.pairs]
 
 
 def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:

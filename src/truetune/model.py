@@ -160,6 +160,11 @@ def eos_ids(folder: Path) -> list[int]:
     return []
 
 
+def model_type(folder: Path) -> str:
+    """Return the family that config.json names."""
+    return str(_read_json(folder / "config.json").get("model_type", "?"))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -219,10 +224,15 @@ def load_base(base: Base, dtype: str) -> Any:
 def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequence[str], seed: int) -> Any:
     """Return `model` with PEFT's LoRA on `targets` ("all-linear", or module names), trainable weights in fp32.
 
-    Raises: UserError if no module has one of the names.
+    Its layers are the engine's fused ones, which PEFT makes, names and saves as its own.
+
+    Raises: UserError if no module has one of the names, or PEFT cannot make such LoRA for this model.
     """
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
+
+    from truetune.engine.fused import fuse
+    from truetune.engine.lora import FusedLinear
 
     names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     everything = {name for name, _ in model.named_modules()}
@@ -235,8 +245,14 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type=TaskType.CAUSAL_LM
     )
+    config._register_custom_module({torch.nn.Linear: FusedLinear})
+    fuse(model)
     torch.manual_seed(seed)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        # For one, dropout on the weights of experts.
+        raise UserError("lora_refused", where="lora", fix="lora_refused", problem=error) from None
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

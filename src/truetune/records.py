@@ -4,8 +4,10 @@
 
 Shapes, used as suffixes on tensors that cross a function:
 
-    B  pairs in one forward          T  tokens of the longest pair of that forward
-    K  kept positions (the last ones, where something is learned)        V  vocabulary
+    B  pairs in one forward (1 for a trie)      T  tokens of a row: of the longest pair, or nodes of the trie
+    N  nodes of a trie                          E  edges: learned tokens, each with the node that predicts it
+    S  segments of one chunk                    Q  queries of a segment        L  keys of a segment
+    H  attention heads      G  key-value heads      D  size of a head or of a hidden state      V  vocabulary
 
 A pair, and the labels that a padded row of it gets (`.` = IGNORE_INDEX):
 
@@ -17,7 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 IGNORE_INDEX = -100
 """Label of a position where nothing is learned, as everywhere in the Hugging Face world."""
@@ -66,6 +71,32 @@ class Pair:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Pairs with common prefixes merged, nodes in depth-first order: node k is an ancestor of q if k <= q < ends[k].
+
+        pair 1  <sys> S A x </s>        node   0     1  2  3        4 nodes for pair 1, 2 for pair 2: the stop
+        pair 2  <sys> S B y </s>               <sys> S  A  x        token is only predicted, never read
+                                                     └─ B  y
+                                               0     1  4  5        paths: (0 1 2 3, 0 shared), (0 1 4 5, 2 shared)
+
+    `token_ids_N`, `positions_N` (depths) and `ends_N` are int64. `paths`: for each pair that adds nodes, its nodes from
+    the root on and how many of them earlier pairs hold already. Edges: `parents_E` predicts `targets_E`, which
+    `weights_E` pairs learn there.
+    """
+
+    token_ids_N: np.ndarray
+    positions_N: np.ndarray
+    ends_N: np.ndarray
+    paths: tuple[tuple[np.ndarray, int], ...]
+    parents_E: np.ndarray
+    targets_E: np.ndarray
+    weights_E: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_ids_N)
 
 
 @dataclass(frozen=True, slots=True)

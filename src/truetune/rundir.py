@@ -83,7 +83,7 @@ class RunDir:
     def cut_back(self, step: int) -> None:
         """Drop every event and step line later than `step`, as resume does before it repeats them."""
         for path in (self.events, self.steps):
-            kept = [line for line in _read_lines(path) if line.get("step", 0) <= step]
+            kept = [line for line in _read_lines(path) if line.get("step", -1) <= step]
             write_atomic(path, "".join(to_json(line) + "\n" for line in kept))
 
 

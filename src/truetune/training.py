@@ -43,6 +43,8 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     start = _resume(run, assembly, console)
     write_start(run, assembly.settings, flight=flight)
     with recorded_state(run):
+        for event in assembly.events:
+            record(run, event)
         _take_steps(run, assembly, flight, console, start=start)
         write_adapter(run, assembly.state, flight=flight)
     result = outcome(run)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from truetune.cli import run
+from truetune.engine.families import FAMILIES
 from truetune.model import choose_dtype
 from truetune.output import PACKAGES
 
@@ -26,7 +30,7 @@ def test_env_shows_this_machine(capsys: Capture) -> None:
     assert err == ""
     assert out.splitlines()[0] == "This machine"
     found = values(out)
-    assert list(found) == ["Python", "packages", "CPU", "GPU", "memory", "weights as", "attention"]
+    assert list(found) == ["Python", "packages", "CPU", "GPU", "memory", "weights as", "attention", "families tested"]
     for name in PACKAGES:
         assert f"{name} {importlib.metadata.version(name)}" in found["packages"]
     assert found["CPU"].startswith(f"{torch.get_num_threads()} threads, ")
@@ -58,3 +62,18 @@ def test_env_in_chinese(capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert out.startswith("这台机器\n")
     assert "软件包" in out
+
+
+def test_env_of_a_model_names_its_family(tiny_qwen: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A family that was tested, one that was not, and a model that does not exist."""
+    assert run(["env", str(tiny_qwen), "--lang", "en"]) == 0
+    shown = values(capsys.readouterr().out)
+    assert shown["attention"] == "trie (qwen3 was tested; compared again before step 1)"
+    assert set(shown["families tested"].split(", ")) == set(FAMILIES)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_qwen, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    assert run(["env", str(other), "--lang", "en"]) == 0
+    assert "unheard_of was not tested" in values(capsys.readouterr().out)["attention"]
+    assert run(["env", str(tmp_path / "none")]) == 2

@@ -1,7 +1,8 @@
-"""Padding, masks and losses of one step, against rows computed one by one."""
+"""One step: padded rows, tries and the model's own code, against rows computed one by one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truetune.engine.step import collate, dropout_seed, forward_loss, held_out_loss, split_forwards, train_step
+from truetune.engine.step import (
+    Engine,
+    dropout_seed,
+    forward_loss,
+    held_out_loss,
+    make_forwards,
+    running,
+    scaled_from,
+    split_padded,
+    train_step,
+)
 from truetune.model import Base, add_lora, load_base
-from truetune.records import IGNORE_INDEX, Pair
+from truetune.records import Pair
 
 PAIRS = [Pair((1, 2, 3), (4, 2)), Pair((5,), (6, 7, 8, 2)), Pair((1, 2, 3, 4, 5, 6), (2,)), Pair((9, 9), (9, 9, 2))]
+KINDS = ("trie", "padded", "plain")
 
 
 @pytest.fixture(scope="module")
 def model(tiny_qwen: Path) -> Any:
-    """The tiny random model, all weights trainable, no dropout."""
-    return load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32").eval()
+    """The tiny random model with LoRA that does something, no dropout."""
+    base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
+    model = add_lora(base, r=4, alpha=8, dropout=0.0, targets=["all-linear"], seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+@pytest.fixture
+def engine(model: Any) -> Engine:
+    """One forward for everything."""
+    return Engine(model, "trie", pad_id=2, max_tokens=10_000)
 
 
 def loss_alone(model: Any, pair: Pair) -> torch.Tensor:
@@ -31,66 +54,106 @@ def loss_alone(model: Any, pair: Pair) -> torch.Tensor:
     return model(input_ids=ids, labels=labels).loss * len(pair.answer_ids)
 
 
-def test_collate_by_hand() -> None:
-    """Labels stand on the answer, the stop token included, also where it equals the padding token."""
-    ids, labels = collate([Pair((1, 2, 3), (4, 2)), Pair((5,), (6, 2))], pad_id=2)
-    assert ids.tolist() == [[1, 2, 3, 4, 2], [5, 6, 2, 2, 2]]
-    x = IGNORE_INDEX
-    assert labels.tolist() == [[x, x, x, 4, 2], [x, 6, 2, x, x]]
+def gradient(model: Any) -> torch.Tensor:
+    """All gradients in one vector; they are cleared."""
+    parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(parts)
 
 
-def test_padded_rows_equal_single_rows(model: Any) -> None:
-    """Loss and gradient of a padded forward are the sums over its pairs alone."""
-    together = forward_loss(model, PAIRS, pad_id=2)
-    alone = sum(loss_alone(model, pair) for pair in PAIRS)
-    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for one, other in zip(
-        torch.autograd.grad(together, parameters), torch.autograd.grad(alone, parameters), strict=True
-    ):
-        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
-    assert len(parameters) > 20
+def test_padded_forward_by_hand(engine: Engine) -> None:
+    """The stop token is predicted, never read; what is learned hangs on the token before it, also where it equals
+    the padding token."""
+    pairs = [Pair((1, 2, 3), (4, 2)), Pair((5,), (6, 2))]
+    (forward,) = make_forwards(replace(engine, kind="padded"), pairs)
+    assert forward.input_ids_BT.tolist() == [[5, 6, 2, 2], [1, 2, 3, 4]]
+    edges = zip(forward.parents_E.tolist(), forward.targets_E.tolist(), forward.weights_E.tolist(), strict=True)
+    assert list(edges) == [(0, 6, 1), (1, 2, 1), (6, 4, 1), (7, 2, 1)]
 
 
-def test_padding_token_does_not_matter(model: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_tokens", [1, 8, 10_000])
+def test_every_kind_equals_single_rows(kind: Any, max_tokens: int, engine: Engine) -> None:
+    """Loss and gradient of a step are the mean over its learned tokens, however it is computed and split."""
+    (sum(loss_alone(engine.model, pair) for pair in PAIRS) / 10).backward()
+    wanted = gradient(engine.model)
+    mean = sum(loss_alone(engine.model, pair).item() for pair in PAIRS) / 10
+    engine = replace(engine, kind=kind, max_tokens=max_tokens)
+    forwards = make_forwards(engine, PAIRS)
+    assert (len(forwards) > 1) == (max_tokens < 100)
+    result = train_step(engine, forwards, seeds=(1, 1), backward=lambda loss: loss.backward())
+    found = gradient(engine.model)
+    assert result.loss == pytest.approx(mean, rel=1e-5)
+    assert result.num_learned_tokens == 10
+    assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm())
+
+
+def test_tokens_are_counted(engine: Engine) -> None:
+    """A trie has no padding, and what two pairs share counts once."""
+    for kind, expected in (("trie", 1 + 2 + 1 + 4 + 6 - 0), ("padded", 4 * 6)):
+        forwards = make_forwards(replace(engine, kind=kind), PAIRS)
+        result = train_step(replace(engine, kind=kind), forwards, seeds=(1, 1), backward=lambda loss: None)
+        assert result.num_tokens == expected, kind
+
+
+def test_padding_token_does_not_matter(engine: Engine) -> None:
     """Whatever fills a row, the loss is the same bits: nothing looks right."""
-    assert forward_loss(model, PAIRS, pad_id=0).item() == forward_loss(model, PAIRS, pad_id=77).item()
+    losses = []
+    for pad_id in (0, 77):
+        padded = replace(engine, kind="padded", pad_id=pad_id)
+        losses.append(forward_loss(padded, make_forwards(padded, PAIRS)[0]).item())
+    assert losses[0] == losses[1]
 
 
-def test_held_out_loss_is_the_mean_and_restores_the_mode(model: Any) -> None:
-    """Any split gives the mean over learned tokens; a model in training stays in training."""
-    mean = sum(loss_alone(model, pair).item() for pair in PAIRS) / sum(len(pair.answer_ids) for pair in PAIRS)
-    model.train()
-    for max_tokens in (1, 10, 100):
-        assert held_out_loss(model, PAIRS, max_tokens=max_tokens, pad_id=0) == pytest.approx(mean, rel=1e-5)
-    assert model.training
-    model.eval()
-
-
-def test_step_divides_by_the_tokens_of_the_step(model: Any) -> None:
-    """The gradient is that of the mean over all learned tokens, not of the mean of means."""
-    wanted = sum(loss_alone(model, pair) for pair in PAIRS) / sum(len(pair.answer_ids) for pair in PAIRS)
-    weight = model.model.layers[0].mlp.down_proj.weight
-    (gradient,) = torch.autograd.grad(wanted, [weight])
-    for max_tokens in (1, 8, 100):
-        model.zero_grad()
-        result = train_step(
-            model, PAIRS, max_tokens=max_tokens, pad_id=0, seeds=(1, 1), backward=lambda loss: loss.backward()
+def test_step_without_learned_tokens_is_an_error(engine: Engine) -> None:
+    """The preflight lets none through; if one came, 0/0 would be silent."""
+    (forward,) = make_forwards(engine, PAIRS)
+    with pytest.raises(ValueError, match="learned"):
+        train_step(
+            engine, [replace(forward, weights_E=forward.weights_E * 0)], seeds=(1, 1), backward=lambda loss: None
         )
-        assert result.loss == pytest.approx(wanted.item(), rel=1e-5)
-        assert float((weight.grad - gradient).norm()) <= 1e-5 * float(gradient.norm())
-        assert result.num_learned_tokens == 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_loss_is_the_mean_and_restores_the_mode(kind: Any, engine: Engine) -> None:
+    """Any split gives the mean over learned tokens; a model in training stays in training."""
+    mean = sum(loss_alone(engine.model, pair).item() for pair in PAIRS) / sum(len(pair.answer_ids) for pair in PAIRS)
+    for max_tokens in (1, 10, 100):
+        found = held_out_loss(replace(engine, kind=kind, max_tokens=max_tokens), PAIRS)
+        assert found == pytest.approx(mean, rel=1e-5)
+    assert engine.model.training
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 100))
-def test_forwards_hold_every_pair_once(lengths: list[int], max_tokens: int) -> None:
-    """No pair is lost, and only a pair that is longer alone makes a forward too large."""
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=30), st.integers(1, 100), st.integers(5, 60))
+def test_padded_forwards_hold_every_pair_once(lengths: list[int], max_tokens: int, scaled: int) -> None:
+    """No pair is lost; only a pair that is longer alone makes a forward too large; scaled lengths stay alone."""
     pairs = [Pair((n,), tuple(range(length - 1))) for n, length in enumerate(lengths)]
-    forwards = split_forwards(pairs, max_tokens)
+    forwards = split_padded(pairs, max_tokens, scaled_from=scaled)
     assert sorted(pair.prompt_ids for forward in forwards for pair in forward) == sorted(p.prompt_ids for p in pairs)
     for forward in forwards:
-        assert len(forward) == 1 or len(forward) * max(map(len, forward)) <= max_tokens
+        assert len(forward) == 1 or len(forward) * (max(map(len, forward)) - 1) <= max_tokens
+        assert len(forward) == 1 or max(map(len, forward)) - 1 <= scaled
+
+
+def test_rotary_scaling_that_looks_at_the_whole_forward() -> None:
+    """Dynamic and longrope give a threshold, the others none."""
+    from transformers import LlamaConfig, Phi3Config
+
+    assert scaled_from(LlamaConfig()) is None
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert scaled_from(LlamaConfig(max_position_embeddings=64, rope_parameters=dynamic)) == 64
+    factors = [1.0] * 4
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    config = Phi3Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        pad_token_id=0,
+        original_max_position_embeddings=48,
+        max_position_embeddings=96,
+        rope_parameters=longrope | {"original_max_position_embeddings": 48},
+    )
+    assert scaled_from(config) == 48
 
 
 def test_dropout_seeds_differ() -> None:
@@ -101,18 +164,14 @@ def test_dropout_seeds_differ() -> None:
 
 def test_evaluation_is_without_dropout(tiny_qwen: Path) -> None:
     """Twice the same, although the model is in training and its dropout is heavy (E10)."""
-    lora = add_lora(
-        load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32"),
-        r=4,
-        alpha=8,
-        dropout=0.5,
-        targets=["all-linear"],
-        seed=0,
-    ).train()
+    base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
+    lora = add_lora(base, r=4, alpha=8, dropout=0.5, targets=["all-linear"], seed=0).train()
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    losses = [held_out_loss(lora, PAIRS, max_tokens=100, pad_id=0) for _ in range(2)]
+    engine = Engine(lora, "trie", 0, 100)
+    losses = [held_out_loss(engine, PAIRS) for _ in range(2)]
     assert losses[0] == losses[1]
-    drawn = [forward_loss(lora, PAIRS, pad_id=0).item() for _ in range(2)]
+    with running(engine):
+        drawn = [forward_loss(engine, make_forwards(engine, PAIRS)[0]).item() for _ in range(2)]
     assert drawn[0] != drawn[1]

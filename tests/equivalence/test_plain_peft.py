@@ -36,7 +36,7 @@ def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
 def test_plain_peft_gives_the_same_logits(trained: Path, tiny_qwen: Path) -> None:
     """Bit-equal to ours, and far from the base's, so the adapter is not trivial."""
     ours = load(trained)
-    base = AutoModelForCausalLM.from_pretrained(str(tiny_qwen))
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_qwen), dtype=ours.model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(str(trained / "adapter"))
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Number 3"}], add_generation_prompt=True)[
         "input_ids"
@@ -62,5 +62,6 @@ def test_base_is_untouched(trained: Path, tiny_qwen: Path, write_json: Callable[
     ids = ours.renderer.prompt_ids([{"role": "user", "content": "Number 3"}])
     with ours.model.disable_adapter():
         assert torch.equal(
-            logits_of(ours.model, ids), logits_of(AutoModelForCausalLM.from_pretrained(str(tiny_qwen)), ids)
+            logits_of(ours.model, ids),
+            logits_of(AutoModelForCausalLM.from_pretrained(str(tiny_qwen), dtype=ours.model.dtype), ids),
         )

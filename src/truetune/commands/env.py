@@ -1,16 +1,21 @@
-"""`truetune env`: versions, devices, and the dtype that would be chosen, with the reason."""
+"""`truetune env [MODEL]`: versions, devices, and the dtype and attention that would be chosen, with the reason."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
 from truetune.messages import text
 
+if TYPE_CHECKING:
+    from truetune.console import Console
+
 
 def command(lang: str) -> click.Command:
     """Return the command, described in `lang`."""
 
-    def run() -> None:
+    def run(model: str | None) -> None:
         import importlib.metadata
         import platform
 
@@ -18,6 +23,7 @@ def command(lang: str) -> click.Command:
         import torch
 
         from truetune.console import Console
+        from truetune.engine.families import FAMILIES
         from truetune.model import choose_dtype
         from truetune.output import PACKAGES
 
@@ -40,8 +46,25 @@ def command(lang: str) -> click.Command:
                 ("label.gpu", ", ".join(gpus) or "-"),
                 ("label.memory", console.text("env.memory", total=memory.total / 2**30, free=memory.available / 2**30)),
                 ("label.dtype", f"{dtype} ({console.text(f'dtype.{reason}')})"),
-                ("label.attention", console.text("env.attention")),
+                ("label.attention", _attention(model, console)),
+                ("label.families", ", ".join(FAMILIES)),
             ],
         )
 
-    return click.Command("env", callback=run, help=text("command.env", lang))
+    argument = click.Argument(["model"], required=False)
+    return click.Command("env", params=[argument], callback=run, help=text("command.env", lang))
+
+
+def _attention(name: str | None, console: Console) -> str:
+    """Return how a model's pairs will be computed, as far as its family says: the comparison before step 1 decides."""
+    from truetune.engine.families import FAMILIES
+    from truetune.model import find_base, model_type, prepare_base
+
+    if name is None:
+        return console.text("env.attention")
+    base = find_base(name)
+    prepare_base(base)
+    family = model_type(base.folder)
+    if family in FAMILIES:
+        return console.text("env.attention_family", kind=FAMILIES[family], family=family)
+    return console.text("env.attention_unknown", family=family)

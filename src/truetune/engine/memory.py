@@ -1,32 +1,180 @@
-"""How large a forward may be, and whether to recompute activations: estimates, on the safe side."""
+"""The memory governor: real steps are measured, then the size of a forward and recomputation are chosen to fit.
+
+On a GPU too large a forward is an error that can be caught; on a CPU it is a kill, so there the choice must prevent it:
+two small forwards are measured, and what larger ones need is read off the line through them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
 
-# On a CPU 1,024 tokens already keep the cores at their matrix-product peak, and short forwards pad less.
-CPU_TOKENS, GPU_TOKENS = 1024, 8192
-# Share of the free memory that activations may take.
-ACTIVATION_SHARE = 0.5
+from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.errors import UserError
+from truetune.records import Pair, Row
+
+# Tokens of one forward, at most: beyond them nothing gets faster (docs/log.md).
+MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
+MIN_TOKENS = 64
+MEASURED_TOKENS = (256, 512)
+MEMORY_SHARE = 0.85
+"""Of the free memory that a run may take; the rest is for other programs and for what the line misses."""
 
 
-def choose_max_tokens() -> int:
-    """Return the tokens of one forward, padding included."""
-    return GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS
+@dataclass(frozen=True)
+class Limits:
+    """What was chosen, and what it will need: bytes of the process (of the GPU) at the peak, seconds a token."""
+
+    max_tokens: int
+    is_checkpointed: bool
+    peak_bytes: int
+    seconds_per_token: float
 
 
-def choose_checkpointing(model: Any, num_tokens: int) -> bool:
-    """Return True if the activations of a forward of `num_tokens` would take too much of the free memory."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    return estimate_activation_bytes(model, num_tokens) > ACTIVATION_SHARE * free
+@dataclass(frozen=True)
+class _Line:
+    """Peak memory against tokens of a forward, through two measured points."""
+
+    tokens: int
+    peak_bytes: int
+    bytes_per_token: float
+    seconds_per_token: float
+
+    def peak(self, tokens: int) -> int:
+        """Return the bytes in use at the peak of a forward and backward of `tokens`."""
+        return int(self.peak_bytes + max(tokens - self.tokens, 0) * self.bytes_per_token)
+
+    def tokens_within(self, peak_bytes: int) -> int:
+        """Return the tokens that stay below `peak_bytes`."""
+        return int(self.tokens + (peak_bytes - self.peak_bytes) / self.bytes_per_token)
 
 
-def estimate_activation_bytes(model: Any, num_tokens: int) -> int:
-    """Return the bytes kept for the backward: about 16 hidden and 5 intermediate vectors a layer, and fp32 logits."""
-    config = model.config.get_text_config()
-    per_layer = 16 * config.hidden_size + 5 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    size = next(model.parameters()).element_size()
-    return int(num_tokens * (config.num_hidden_layers * per_layer * size + 3 * 4 * config.vocab_size))
+def choose_limits(
+    engine: Engine, rows: Sequence[Row], *, max_tokens: int | None = None, is_checkpointed: bool | None = None
+) -> tuple[Engine, Limits]:
+    """Return the engine with the forward size and recomputation that fit into memory; None leaves them to be chosen.
+
+    Raises: UserError naming the longest row, and what would fit, if it does not fit even with recomputation.
+    """
+    longest = max((row for row in rows), key=lambda row: max(map(len, row.pairs)))
+    longest_tokens = max(map(len, longest.pairs))
+    budget = _used_bytes(engine.device) + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
+    choices = [False, True] if is_checkpointed is None else [is_checkpointed]
+    for choice in choices:
+        set_checkpointing(engine, is_on=choice)
+        line = _measure(engine, [pair for row in rows for pair in row.pairs])
+        if line.peak(longest_tokens) <= budget:
+            size = max_tokens or _power_of_two(line.tokens_within(budget), engine.device)
+            peak = line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine)
+            return replace(engine, max_tokens=size), Limits(size, choice, peak, line.seconds_per_token)
+    fits = max(line.tokens_within(budget), 0)
+    raise UserError("pair_too_large", where=longest.where, fix="pair_too_large", tokens=longest_tokens, fits=fits)
+
+
+def set_checkpointing(engine: Engine, *, is_on: bool) -> None:
+    """Recompute activations in the backward, or keep them."""
+    if is_on:
+        engine.transformer.activation_checkpointing_enable()
+    elif engine.transformer.is_activation_checkpointing:
+        engine.transformer.activation_checkpointing_disable()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of the device; on a CPU, of the control group too, where a container has one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([psutil.virtual_memory().available, *_group_bytes()])
+
+
+def _group_bytes() -> Iterator[int]:
+    """Yield what the process's control group (version 2) leaves free, if it has a limit."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
+        yield int(limit.read_text()) - int(used.read_text())
+
+
+def _used_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def _optimizer_bytes(engine: Engine) -> int:
+    """Return what AdamW will hold: two fp32 numbers for each trained weight."""
+    return 8 * sum(int(parameter.numel()) for parameter in engine.model.parameters() if parameter.requires_grad)
+
+
+def _power_of_two(tokens: int, device: torch.device) -> int:
+    most = MAX_GPU_TOKENS if device.type == "cuda" else MAX_CPU_TOKENS
+    return 1 << (min(max(tokens, MIN_TOKENS), most).bit_length() - 1)
+
+
+def _measure(engine: Engine, pairs: Sequence[Pair]) -> _Line:
+    """Run forwards and backwards of about MEASURED_TOKENS tokens, and return the line of their peaks."""
+    points = []
+    for tokens in MEASURED_TOKENS:
+        forward = _forward_of(engine, pairs, tokens)
+        with _peak_of(engine.device) as peak:
+            seconds = _run(engine, forward)
+        points.append((forward.num_tokens, peak(), seconds))
+    (few, few_bytes, _), (many, many_bytes, seconds) = points
+    slope = (many_bytes - few_bytes) / (many - few) if many > few else 0.0
+    return _Line(many, many_bytes, max(slope, _least_bytes_per_token(engine)), seconds / many)
+
+
+def _forward_of(engine: Engine, pairs: Sequence[Pair], tokens: int) -> Forward:
+    """Return a forward of at least `tokens` tokens, or of all pairs if they have fewer."""
+    count = 1
+    while True:
+        forward = make_forwards(replace(engine, max_tokens=1 << 40), pairs[:count])[0]
+        if forward.num_tokens >= tokens or count >= len(pairs):
+            return forward
+        count *= 2
+
+
+def _run(engine: Engine, forward: Forward) -> float:
+    """Run one step of one forward, leave no gradient behind, and return the seconds it took."""
+    began = time.perf_counter()
+    train_step(engine, [forward], seeds=(0, 0), backward=lambda loss: loss.backward())
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    seconds = time.perf_counter() - began
+    engine.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _least_bytes_per_token(engine: Engine) -> int:
+    """Return what a token needs at the very least: its input to every layer, and its gradient."""
+    config = engine.transformer.config.get_text_config()
+    size = engine.transformer.get_input_embeddings().weight.element_size()
+    return int((config.num_hidden_layers + 8) * config.hidden_size * size)
+
+
+@contextmanager
+def _peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Give a function that returns, after the block, the most bytes that were in use inside it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device))
+        return
+    peaks, is_over = [_used_bytes(device)], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.002):
+            peaks.append(_used_bytes(device))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: max(peaks)
+    finally:
+        is_over.set()
+        watcher.join()
+        peaks.append(_used_bytes(device))

@@ -1,28 +1,85 @@
-"""Forward and backward of one optimizer step, over padded rows of its pairs.
+"""Forward and backward of one optimizer step: pairs → forwards → loss → gradient.
 
-The pairs of a step are sorted by length and split into forwards; each forward is padded on the right:
+A forward is a trie (no token twice) or padded rows of the same pairs; both end in the same loss over edges: the hidden
+state at `parent` predicts `target`, which `weight` pairs learn there.
 
-    p0 p1 p2 a0 a1 </s> .        Causal attention never looks right, so the padding changes nothing and needs no
-    p0 p1 a0 a1 a2 a3 </s>       mask; and where nothing is learned (left of the shortest prompt), no logits are made.
+    trie     one row of nodes, each attending to its ancestors (attention.py)
 
-The loss is the sum over learned tokens divided by the learned tokens of the whole step, so it does not depend on how
-the step is split (transformers#34191 is the bug of dividing per forward).
+    padded   p0 p1 p2 a0 a1            Causal attention never looks right, so padding needs no mask. Edges (flat):
+             p0 p1 a0 a1 a2            2→a0 3→a1 4→stop, 6→a0 7→a1 8→a2 9→stop
+
+The loss is the sum over edges divided by the learned tokens of the whole step, so it does not depend on how the step is
+split (transformers#34191 is the bug of dividing per forward).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from truetune.records import IGNORE_INDEX, Pair
+from truetune.engine.attention import FLEX, SEGMENTS, Layout, attending_by
+from truetune.engine.loss import edge_loss, find_head
+from truetune.engine.trie import build_trie, split_pairs
+from truetune.records import Pair
 
-Forward = list[Pair]
-"""Pairs that run through the model together."""
+Kind = Literal["trie", "flex", "padded", "plain"]
+"""How pairs run: tries (by segments or FlexAttention), padded rows, or padded rows through the model's own code."""
+
+ATTENTIONS = {"trie": SEGMENTS, "flex": FLEX}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model and how pairs run through it.
+
+    `max_tokens`: of one forward, padding included. `scaled_from`: longer pairs share no forward (see `split_pairs`).
+    """
+
+    model: Any
+    kind: Kind
+    pad_id: int
+    max_tokens: int
+    scaled_from: int | None = None
+
+    @property
+    def transformer(self) -> Any:
+        """The transformers model below PEFT's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What runs through the model at once. `parents_E`: flat positions of `input_ids_BT`. `layout`: only for a trie."""
+
+    input_ids_BT: torch.Tensor
+    parents_E: torch.Tensor
+    targets_E: torch.Tensor
+    weights_E: torch.Tensor
+    layout: Layout | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return int(self.input_ids_BT.numel())
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of the longest pair, without the one that is only predicted."""
+        if self.layout is None:
+            return int(self.input_ids_BT.shape[1])
+        return int(self.layout.trie.positions_N.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -34,91 +91,153 @@ class StepResult:
     num_tokens: int
 
 
-def split_forwards(pairs: Sequence[Pair], max_tokens: int) -> list[Forward]:
+def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
+    """Return the forwards of a step. No weights are touched, so another thread may call it ahead of time."""
+    if engine.kind in ATTENTIONS:
+        groups = split_pairs(pairs, engine.max_tokens, scaled_from=engine.scaled_from)
+        return [_trie_forward(engine, group) for group in groups]
+    groups = split_padded(pairs, engine.max_tokens, scaled_from=engine.scaled_from)
+    return [_padded_forward(engine, group) for group in groups]
+
+
+def _trie_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
+    trie = build_trie(pairs)
+    heads = engine.transformer.config.get_text_config().num_attention_heads
+    parents_E, targets_E, weights_E = (
+        torch.from_numpy(x).to(engine.device) for x in (trie.parents_E, trie.targets_E, trie.weights_E)
+    )
+    ids_BT = torch.from_numpy(trie.token_ids_N)[None].to(engine.device)
+    return Forward(ids_BT, parents_E, targets_E, weights_E, Layout(trie, heads, engine.device))
+
+
+def split_padded(pairs: Sequence[Pair], max_tokens: int, *, scaled_from: int | None = None) -> list[list[Pair]]:
     """Sort pairs by length and split them so that no forward holds more than `max_tokens` with its padding.
 
-    A pair longer than `max_tokens` has a forward of its own.
+    A pair longer than `max_tokens`, or than `scaled_from` (see `split_pairs`), has a forward of its own.
     """
-    forwards: list[Forward] = []
+    groups: list[list[Pair]] = []
     for pair in sorted(pairs, key=len):
-        if forwards and (len(forwards[-1]) + 1) * len(pair) <= max_tokens:
-            forwards[-1].append(pair)
+        is_alone = scaled_from is not None and len(pair) - 1 > scaled_from
+        if groups and not is_alone and (len(groups[-1]) + 1) * (len(pair) - 1) <= max_tokens:
+            groups[-1].append(pair)
         else:
-            forwards.append([pair])
-    return forwards
+            groups.append([pair])
+    return groups
 
 
-def collate(forward: Forward, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `input_ids_BT` and `labels_BT`; labels are IGNORE_INDEX on prompt and padding, by length, never by id."""
-    num_tokens = max(map(len, forward))
-    input_ids_BT = torch.full((len(forward), num_tokens), pad_id, dtype=torch.long)
-    labels_BT = torch.full_like(input_ids_BT, IGNORE_INDEX)
-    for row, pair in enumerate(forward):
-        input_ids_BT[row, : len(pair)] = torch.tensor(pair.prompt_ids + pair.answer_ids)
-        labels_BT[row, len(pair.prompt_ids) : len(pair)] = torch.tensor(pair.answer_ids)
-    return input_ids_BT, labels_BT
+def _padded_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
+    num_tokens = max(map(len, pairs)) - 1
+    ids_BT = torch.full((len(pairs), num_tokens), engine.pad_id, dtype=torch.long)
+    parents, targets = [], []
+    for row, pair in enumerate(pairs):
+        ids = pair.prompt_ids + pair.answer_ids
+        ids_BT[row, : len(pair) - 1] = torch.tensor(ids[:-1])
+        first = len(pair.prompt_ids) - 1
+        parents.append(torch.arange(first, len(pair) - 1) + row * num_tokens)
+        targets.append(torch.tensor(ids[first + 1 :]))
+    parents_E, targets_E = torch.cat(parents), torch.cat(targets)
+    tensors = (ids_BT, parents_E, targets_E, torch.ones_like(parents_E))
+    return Forward(*(tensor.to(engine.device) for tensor in tensors))
 
 
-def forward_loss(model: Any, forward: Forward, *, pad_id: int) -> torch.Tensor:
-    """Return the summed cross-entropy (fp32, nats) over the learned tokens of one forward.
+def forward_loss(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the summed cross-entropy (fp32, nats) over the edges of one forward.
 
-    The logits at position t predict token t + 1, so labels are shifted left by one and the last position goes:
-
-        input    p0 p1 a0 a1 </s>        kept from the shortest prompt's last token on
-        kept        ^  ^  ^
-        label       a0 a1 </s>
+    A trie runs only inside `running`.
     """
-    input_ids_BT, labels_BT = collate(forward, pad_id)
-    first = min(len(pair.prompt_ids) for pair in forward) - 1
-    device = next(model.parameters()).device
-    labels_BK = labels_BT[:, first + 1 :].to(device)
-    input_ids_BT = input_ids_BT[:, :-1].to(device)
-    # logits_to_keep: heads (scales, soft caps) stay the model's own, and logits nobody needs are not made.
-    logits_BKV = model(input_ids=input_ids_BT, logits_to_keep=labels_BK.shape[1], use_cache=False).logits
-    return F.cross_entropy(
-        logits_BKV.float().flatten(0, 1), labels_BK.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    if engine.scaled_from is not None and forward.num_positions > engine.scaled_from:
+        _forget_scaling(engine.transformer)
+    head = None if engine.kind == "plain" else find_head(engine.transformer)
+    if head is None:
+        return _loss_by_model_head(engine, forward)
+    edges = {"parents_E": forward.parents_E, "targets_E": forward.targets_E, "weights_E": forward.weights_E}
+    hidden_BTD = engine.transformer.base_model(**_inputs(forward)).last_hidden_state
+    return edge_loss(hidden_BTD.flatten(0, 1), head, **edges)
+
+
+def _forget_scaling(transformer: Any) -> None:
+    """Let a dynamic rotary embedding scale for the next forward alone: by itself it keeps the largest scale it had."""
+    for layer in transformer.modules():
+        if hasattr(layer, "max_seq_len_cached"):
+            layer.max_seq_len_cached = layer.original_max_seq_len
+
+
+def _inputs(forward: Forward) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": forward.input_ids_BT, "use_cache": False}
+    if forward.layout is not None:
+        positions_BT = torch.from_numpy(forward.layout.trie.positions_N)[None].to(forward.input_ids_BT.device)
+        # With a mask of ones, transformers does not take a trie for a packed row (masking_utils, position_ids).
+        is_token_BT = torch.ones_like(forward.input_ids_BT)
+        inputs |= {"position_ids": positions_BT, "attention_mask": is_token_BT, "trie_layout": forward.layout}
+    return inputs
+
+
+def _loss_by_model_head(engine: Engine, forward: Forward) -> torch.Tensor:
+    """The same loss by the model's own head: logits from the first learned position on."""
+    num_tokens = forward.input_ids_BT.shape[1]
+    rows_E, columns_E = forward.parents_E // num_tokens, forward.parents_E % num_tokens
+    first = int(columns_E.min())
+    logits_BKV = engine.model(**_inputs(forward), logits_to_keep=num_tokens - first).logits
+    losses_E = F.cross_entropy(logits_BKV[rows_E, columns_E - first].float(), forward.targets_E, reduction="none")
+    return (losses_E * forward.weights_E).sum()
+
+
+def scaled_from(model: Any) -> int | None:
+    """Return the length past which a model scales positions by the longest pair of a forward; None if it never does.
+
+    Source: transformers 5.23, modeling_rope_utils.dynamic_rope_update ("dynamic" and "longrope").
+    """
+    config = getattr(model, "config", model).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    lengths = [
+        kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min(lengths, default=None)
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[None]:
+    """Let the engine's model run its kind of forwards inside the block, backward included."""
+    with attending_by(engine.transformer, ATTENTIONS[engine.kind]) if engine.kind in ATTENTIONS else nullcontext():
+        yield
 
 
 def train_step(
-    model: Any,
-    pairs: Sequence[Pair],
-    *,
-    max_tokens: int,
-    pad_id: int,
-    seeds: tuple[int, int],
-    backward: Callable[[torch.Tensor], None],
+    engine: Engine, forwards: Sequence[Forward], *, seeds: tuple[int, int], backward: Callable[[torch.Tensor], None]
 ) -> StepResult:
-    """Add the gradient of one optimizer step to the parameters. `seeds`: (run seed, step), for dropout."""
-    forwards = split_forwards(pairs, max_tokens)
-    num_learned_tokens = sum(len(pair.answer_ids) for pair in pairs)
+    """Add the gradient of one optimizer step to the parameters. `seeds`: (run seed, step), for dropout.
+
+    Raises: ValueError if nothing is learned in the step; the preflight lets no such row through.
+    """
+    num_learned_tokens = sum(int(forward.weights_E.sum()) for forward in forwards)
+    if num_learned_tokens == 0:
+        raise ValueError(f"step {seeds[1]} holds no learned token")
     loss_sum = 0.0
-    for number, forward in enumerate(forwards):
-        torch.manual_seed(dropout_seed(*seeds, forward=number))
-        loss = forward_loss(model, forward, pad_id=pad_id) / num_learned_tokens
-        backward(loss)
-        loss_sum += loss.item()
-    return StepResult(loss_sum, num_learned_tokens, _num_padded_tokens(forwards))
+    with running(engine):
+        for number, forward in enumerate(forwards):
+            torch.manual_seed(dropout_seed(*seeds, forward=number))
+            loss = forward_loss(engine, forward) / num_learned_tokens
+            backward(loss)
+            loss_sum += loss.item()
+    return StepResult(loss_sum, num_learned_tokens, sum(forward.num_tokens for forward in forwards))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def held_out_loss(model: Any, pairs: Sequence[Pair], *, max_tokens: int, pad_id: int) -> float:
+def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
     """Return the mean loss (nats a learned token) of `pairs` without dropout; the model's mode is restored."""
-    was_training = model.training
-    model.eval()
+    was_training = engine.model.training
+    engine.model.eval()
     try:
-        loss_sum = sum(
-            forward_loss(model, forward, pad_id=pad_id).item() for forward in split_forwards(pairs, max_tokens)
-        )
+        with running(engine):
+            loss_sum = sum(forward_loss(engine, forward).item() for forward in make_forwards(engine, pairs))
     finally:
-        model.train(was_training)
+        engine.model.train(was_training)
     return float(loss_sum) / sum(len(pair.answer_ids) for pair in pairs)
 
 
 def dropout_seed(seed: int, step: int, *, forward: int) -> int:
     """Return the seed of one forward: a function of its place in the run, so that no RNG state is ever saved."""
     return int(np.random.SeedSequence([seed, step, forward]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _num_padded_tokens(forwards: Sequence[Forward]) -> int:
-    return sum(len(forward) * max(map(len, forward)) for forward in forwards)

@@ -1,10 +1,12 @@
-"""Common prefixes of pairs. Numpy and plain Python: nothing here loads torch."""
+"""Pairs → trie: common prefixes are merged, so that no token is computed twice. Numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from truetune.records import Pair, first_difference
+import numpy as np
+
+from truetune.records import Pair, Trie
 
 
 def count_trie_tokens(pairs: Iterable[Pair]) -> int:
@@ -19,6 +21,75 @@ def count_trie_tokens(pairs: Iterable[Pair]) -> int:
     previous: tuple[int, ...] = ()
     total = 0
     for ids in sorted(pair.prompt_ids + pair.answer_ids for pair in pairs):
-        total += len(ids) - first_difference(previous, ids)
+        total += len(ids) - num_common(previous, ids)
         previous = ids
     return total
+
+
+def split_pairs(pairs: Sequence[Pair], max_tokens: int, *, scaled_from: int | None = None) -> list[list[Pair]]:
+    """Split the pairs of a step into forwards of at most `max_tokens` nodes; pairs that share prefixes stay together.
+
+    A pair longer than `max_tokens` has a forward of its own. `scaled_from`: pairs of more tokens than this change the
+    rotary scaling of a whole forward (dynamic, longrope), so each of them runs alone.
+    """
+    forwards: list[list[Pair]] = []
+    previous: tuple[int, ...] = ()
+    room = 0
+    for inputs, pair in sorted(((_inputs(pair), pair) for pair in pairs), key=lambda item: item[0]):
+        is_alone = scaled_from is not None and len(inputs) > scaled_from
+        num_new = len(inputs) - num_common(previous, inputs)
+        if not forwards or num_new > room or is_alone:
+            forwards.append([])
+            room, num_new = max_tokens, len(inputs)
+        forwards[-1].append(pair)
+        room = -1 if is_alone else room - num_new
+        previous = inputs
+    return forwards
+
+
+def build_trie(pairs: Sequence[Pair]) -> Trie:
+    """Return the trie of `pairs`. A pair's last token is only predicted, so it makes no node."""
+    ids: list[np.ndarray] = []
+    paths: list[tuple[np.ndarray, int]] = []
+    parents, targets = [], []
+    ends = np.zeros(sum(map(len, pairs)), np.int64)
+    nodes = inputs = np.zeros(0, np.int64)
+    num_nodes = 0
+    for _, pair in sorted(((_inputs(pair), pair) for pair in pairs), key=lambda item: item[0]):
+        tokens = np.array(pair.prompt_ids + pair.answer_ids, np.int64)
+        num_shared = num_common(inputs, tokens[:-1])
+        ends[nodes[num_shared:]] = num_nodes
+        inputs = tokens[:-1]
+        num_new = len(inputs) - num_shared
+        nodes = np.concatenate([nodes[:num_shared], np.arange(num_nodes, num_nodes + num_new)])
+        if num_new:
+            ids.append(inputs[num_shared:])
+            paths.append((nodes, num_shared))
+            num_nodes += num_new
+        first = len(pair.prompt_ids) - 1
+        parents.append(nodes[first:])
+        targets.append(tokens[first + 1 :])
+    ends[nodes] = num_nodes
+    edges, weights_E = np.unique(
+        np.stack([np.concatenate(parents), np.concatenate(targets)]), axis=1, return_counts=True
+    )
+    positions = [np.arange(num_shared, len(path)) for path, num_shared in paths]
+    return Trie(
+        np.concatenate(ids), np.concatenate(positions), ends[:num_nodes], tuple(paths), edges[0], edges[1], weights_E
+    )
+
+
+def _inputs(pair: Pair) -> tuple[int, ...]:
+    """Return the tokens of a pair that the model reads."""
+    return (pair.prompt_ids + pair.answer_ids)[:-1]
+
+
+def num_common(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Return how many tokens two sequences share from the start on.
+
+    >>> num_common((1, 2, 3), (1, 2)), num_common((1, 2), (1, 5))
+    (2, 1)
+    """
+    length = min(len(a), len(b))
+    differs = np.asarray(a[:length]) != np.asarray(b[:length])
+    return int(differs.argmax()) if differs.any() else length

@@ -50,6 +50,10 @@ TEXTS = {
     "field.lora_dropout": "Dropout on LoRA's input, 0 to 1.",
     "field.target_modules": "Modules that get LoRA: all-linear, or names.",
     "field.dtype": "Type of the base's weights: float32, bfloat16, or auto (bfloat16 where the hardware has it).",
+    "field.attention": (
+        "How pairs are computed: trie (shared prefixes once), flex (the same by FlexAttention, GPU only), padded, "
+        "plain (the model's own code), or auto (the fastest with the same loss and gradient)."
+    ),
     "field.gradient_checkpointing": "Save memory by computing activations twice: true, false or auto (only if needed).",
     "field.max_tokens_per_forward": "Tokens computed at once, or auto.",
     "field.logging_steps": "Steps between lines on screen and in trackers; events.jsonl has every step.",
@@ -64,6 +68,8 @@ TEXTS = {
     # --- what is shown ---
     "status.convert": "Unpacking {name} (once; the next start is fast)",
     "status.read": "Reading and checking the data",
+    "status.compare": "Comparing the engine with the model's own code",
+    "status.measure": "Measuring memory",
     "status.load": "Loading {name} as {dtype} ({reason})",
     "status.load_use": "Loading {name}",
     "report.title": "Data",
@@ -81,6 +87,13 @@ TEXTS = {
     "diagnosis.overlap": "{count} held-out rows have a prompt that is trained, too; their loss says little.",
     "diagnosis.no_held_out": "No rows are held out, so nothing will show whether it learned or memorised.",
     "train.first_example": "First example, learned part marked:",
+    "train.engine_same": (
+        "Computed as {kind}: same loss and gradient as the model's own code on two pairs "
+        "({loss:.0e} and {gradient:.0e} apart)"
+    ),
+    "train.engine_other": "Not computed as {kind}: {problem} (loss {loss:.0e}, gradient {gradient:.0e} apart)",
+    "train.engine_differs": "it gives another result than the model's own code",
+    "train.memory": "Forwards of up to {tokens:,} tokens; about {gigabytes:.1f} GB at the peak",
     "train.parameters": "Training {trainable:,} of {total:,} parameters ({share:.2%})",
     "train.choice": "  {name}: {value}  ({origin})",
     "train.fewer_held_out": "The run is short: {used} of {total} held-out rows are evaluated.",
@@ -102,8 +115,10 @@ TEXTS = {
     "runs.none": "No runs under {folder}.",
     "env.title": "This machine",
     "env.cpu": "{threads} threads, {kind}",
+    "env.attention": "along a trie of the pairs, if the comparison before step 1 agrees (truetune env MODEL)",
+    "env.attention_family": "{kind} ({family} was tested; compared again before step 1)",
+    "env.attention_unknown": "trie if the comparison before step 1 agrees ({family} was not tested)",
     "env.memory": "{free:.1f} GB free of {total:.1f} GB",
-    "env.attention": "causal, over rows padded on the right",
     "dtype.asked": "asked for",
     "dtype.gpu": "the GPU has it",
     "dtype.gpu_without": "the GPU has no bfloat16",
@@ -132,6 +147,7 @@ TEXTS = {
     "label.gpu": "GPU",
     "label.memory": "memory",
     "label.dtype": "weights as",
+    "label.families": "families tested",
     "label.attention": "attention",
     "column.question": "Question",
     "column.base": "Base",
@@ -305,6 +321,16 @@ TEXTS = {
     "error.output_below_file": "a folder above it is a file",
     "error.machine": "{problem}",
     "fix.machine": "Check the disk, its free space and the permissions of this path.",
+    "error.pair_too_large": "a pair of {tokens:,} tokens does not fit into memory; about {fits:,} would",
+    "fix.pair_too_large": "Set max_length to {fits} with --invalid skip, free memory, or take a smaller model.",
+    "error.flex_needs_gpu": "attention: flex needs a GPU",
+    "fix.flex_needs_gpu": "Take attention: auto.",
+    "error.engine_differs": (
+        "attention: {kind} differs from the model's own code: loss {loss:.0e}, gradient {gradient:.0e}. {problem}"
+    ),
+    "fix.engine_differs": "Take attention: auto, which chooses one that agrees.",
+    "error.lora_refused": "PEFT cannot make this LoRA for this model: {problem}",
+    "fix.lora_refused": "Change the lora_ keys or target_modules; for a model with experts, set lora_dropout to 0.",
     "error.out_of_memory": "memory ran out",
     "fix.out_of_memory": "Close other programs, or take a smaller model.",
     "error.held_out_not_finite": "the held-out loss is {loss}",

@@ -1,0 +1,133 @@
+"""The comparison before step 1: does the engine compute what the model itself computes?
+
+Two pairs run through both, loss and gradient are compared, and the fastest way that agrees is taken: tries, else padded
+rows, else the model's and PEFT's own code alone. That is the rule, not a list of model names: it finds layers that are
+no plain attention (Qwen3-Next, Qwen3.5, LFM), unknown heads, scales and caps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from truetune.engine.attention import UnsupportedError
+from truetune.engine.fused import use_fused
+from truetune.engine.step import Engine, Kind, make_forwards, train_step
+from truetune.engine.trie import num_common
+from truetune.records import Pair
+
+MAX_TOKENS = 512
+"""Of the two pairs together, where the data has such pairs: the comparison is to take seconds."""
+
+# Relative differences, of loss and gradient, up to which two ways count as one. In bf16 two correct programs differ by
+# 2 to 3 % in the gradient (docs/log.md); a wrong mask, position or scale moves it by tens.
+TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-1)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a kind is from plain: relative differences of loss and of the whole gradient, or why it cannot run."""
+
+    kind: Kind
+    loss: float = 0.0
+    gradient: float = 0.0
+    problem: str = ""
+    is_same: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine to train with, and what was compared to find it."""
+
+    engine: Engine
+    comparisons: Sequence[Comparison]
+
+
+def choose_engine(engine: Engine, pairs: Sequence[Pair], *, kinds: Sequence[Kind] = ("trie", "padded")) -> Choice:
+    """Return the engine with the first of `kinds` that agrees with plain, else with plain."""
+    two = comparison_pairs(pairs)
+    results: list[Comparison] = []
+    with _moved_adapter(engine.model):
+        wanted = _loss_and_gradient(replace(engine, kind="plain"), two)
+        for kind in kinds:
+            candidate = replace(engine, kind=kind)
+            results.append(_compare(candidate, two, wanted))
+            if results[-1].is_same:
+                return Choice(use_kind(candidate), results)
+    return Choice(use_kind(replace(engine, kind="plain")), results)
+
+
+def use_kind(engine: Engine) -> Engine:
+    """Switch the model's fused layers on, or off for plain, and return the engine."""
+    use_fused(engine.model, is_fused=engine.kind != "plain")
+    return engine
+
+
+def comparison_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return two short pairs that share as long a prefix as any neighbours do and then part.
+
+    They must part: a pair that only continues another is one path, which layers without branches compute rightly, too.
+    """
+    distinct = sorted({pair.prompt_ids + pair.answer_ids: pair for pair in pairs}.items())
+
+    def rank(number: int) -> tuple[bool, bool, int, int]:
+        (a, _), (b, _) = distinct[number : number + 2]
+        num_shared = num_common(a, b)
+        does_part = num_shared < min(len(a), len(b)) - 1
+        return not does_part, len(a) + len(b) > MAX_TOKENS, -num_shared, len(a) + len(b)
+
+    first = min(range(len(distinct) - 1), key=rank, default=0)
+    return [pair for _, pair in distinct[first : first + 2]]
+
+
+def _compare(engine: Engine, pairs: Sequence[Pair], wanted: tuple[float, torch.Tensor]) -> Comparison:
+    try:
+        loss, gradient = _loss_and_gradient(engine, pairs)
+    except (UnsupportedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return Comparison(engine.kind, problem=f"{type(error).__name__}: {error}")
+    loss_difference = abs(loss / wanted[0] - 1)
+    gradient_difference = float((gradient - wanted[1]).norm() / wanted[1].norm())
+    dtype = engine.transformer.get_input_embeddings().weight.dtype
+    max_loss, max_gradient = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+    is_same = loss_difference <= max_loss and gradient_difference <= max_gradient
+    return Comparison(engine.kind, loss_difference, gradient_difference, is_same=is_same)
+
+
+def _loss_and_gradient(engine: Engine, pairs: Sequence[Pair]) -> tuple[float, torch.Tensor]:
+    """Return the loss of `pairs` and its gradient for all trained weights in one vector; nothing is left behind."""
+    use_kind(engine)
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    try:
+        result = train_step(engine, make_forwards(engine, pairs), seeds=(0, 0), backward=lambda loss: loss.backward())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return result.loss, torch.cat([gradient.flatten().float() for gradient in gradients])
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+@contextmanager
+def _moved_adapter(model: Any) -> Iterator[None]:
+    """Inside the block, LoRA's B is not 0 (or A would get no gradient) and nothing is dropped."""
+    was_training = model.training
+    weights = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    saved = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.eval()
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, saved, strict=True):
+                weight.copy_(before)
+        model.train(was_training)

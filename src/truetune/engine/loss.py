@@ -1,0 +1,123 @@
+"""The loss at learned positions only: logits exist for a chunk of them at a time, and never for anything else.
+
+Chunked linear cross-entropy with its gradient computed in the forward (as in Cut Cross-Entropy, arXiv:2411.09009, and
+Liger Kernel): the logits of a chunk are made, used for loss and gradient, and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+CHUNK_LOGITS = 1 << 26
+"""Logits of one product with the head: 128 MB in bf16."""
+
+BLOCK_LOGITS = 1 << 20
+"""Logits turned into probabilities at once: 4 MB in fp32 stay in a core's cache; in larger blocks this takes as long as
+the head's products (docs/log.md)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen output head: logits = cap * tanh(scale * (h W^T + bias) / cap); `softcap` None: without the cap."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def find_head(model: Any) -> Head | None:
+    """Return the output head of a transformers model, None if it is no frozen linear layer.
+
+    Soft caps (Gemma 2) and scales (Granite, Cohere) are read from the configuration; a head with anything else gives
+    other logits than the model itself, which the comparison before step 1 finds.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear or layer.weight.requires_grad:
+        return None
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def edge_loss(
+    hidden_ND: torch.Tensor, head: Head, *, parents_E: torch.Tensor, targets_E: torch.Tensor, weights_E: torch.Tensor
+) -> torch.Tensor:
+    """Return sum(weight * cross_entropy(logits[parent], target)) over the edges, in fp32 (nats).
+
+    `parents_E` are rows of `hidden_ND`; logits are made once for each of them, in chunks.
+    """
+    rows, row_of_edge_E = torch.unique(parents_E, return_inverse=True)
+    order = torch.argsort(row_of_edge_E)
+    edges = (row_of_edge_E[order], targets_E[order], weights_E[order].float())
+    loss: torch.Tensor = _EdgeLoss.apply(hidden_ND.index_select(0, rows), head, edges)
+    return loss
+
+
+class _EdgeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_RD: torch.Tensor, head: Head, edges: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        grad_RD = torch.empty_like(hidden_RD) if needs_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
+        size = max(CHUNK_LOGITS // len(head.weight_VD), 1)
+        for start in range(0, len(hidden_RD), size):
+            hidden_CD = hidden_RD[start : start + size]
+            logits_CV = F.linear(hidden_CD, head.weight_VD, head.bias_V)
+            for row, block_V in _blocks(logits_CV):
+                loss += _to_gradient(block_V, head, edges=_edges_of(edges, start + row, len(block_V)))
+            if grad_RD is not None:
+                torch.mm(logits_CV, head.weight_VD, out=grad_RD[start : start + size])
+        ctx.save_for_backward(grad_RD)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_RD,) = ctx.saved_tensors
+        return grad_RD * grad.to(grad_RD.dtype), None, None
+
+
+def _blocks(logits_CV: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first row, rows) of the blocks that are worked on at once: all of them where there is no cache to fit."""
+    size = max(BLOCK_LOGITS // logits_CV.shape[1], 1) if logits_CV.device.type == "cpu" else len(logits_CV)
+    for row in range(0, len(logits_CV), size):
+        yield row, logits_CV[row : row + size]
+
+
+def _edges_of(edges: tuple[torch.Tensor, ...], row: int, num_rows: int) -> tuple[torch.Tensor, ...]:
+    """Return (row, target, weight) of the edges of `num_rows` rows from `row` on, their rows counted from it."""
+    rows_E, targets_E, weights_E = edges
+    bounds = torch.tensor([row, row + num_rows], device=rows_E.device)
+    first, last = torch.searchsorted(rows_E, bounds).tolist()
+    return rows_E[first:last] - row, targets_E[first:last], weights_E[first:last]
+
+
+def _to_gradient(logits_CV: torch.Tensor, head: Head, *, edges: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the loss of some rows, and turn their raw logits, in place, into the loss's gradient for them.
+
+    With p = softmax and w = the weights of a row's edges, the gradient is (sum(w) p - w at the targets) times the
+    slope of scale and cap.
+    """
+    rows, targets, weights = edges
+    wide = logits_CV.float() * head.scale if head.scale != 1 else logits_CV.float()
+    slope = None
+    if head.softcap is not None:
+        wide = torch.tanh(wide / head.softcap)
+        slope = 1 - wide * wide
+        wide *= head.softcap
+    at_target = wide[rows, targets]
+    most_C1 = wide.amax(-1, keepdim=True)
+    exp_CV = (wide - most_C1 if wide.data_ptr() == logits_CV.data_ptr() else wide.sub_(most_C1)).exp_()
+    sum_C1 = exp_CV.sum(-1, keepdim=True)
+    loss = (weights * ((sum_C1.log() + most_C1)[rows, 0] - at_target)).sum()
+    weight_C1 = torch.zeros_like(sum_C1[:, 0]).index_add_(0, rows, weights)[:, None]
+    exp_CV.mul_(weight_C1 * head.scale / sum_C1)
+    exp_CV.index_put_((rows, targets), -weights * head.scale, accumulate=True)
+    logits_CV.copy_(exp_CV if slope is None else exp_CV.mul_(slope))
+    return loss

@@ -1,0 +1,97 @@
+"""The chunked loss over edges against torch's cross-entropy over full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from truetune.engine import loss as module
+from truetune.engine.loss import Head, edge_loss, find_head
+
+NODES, SIZE, WORDS, EDGES = 30, 16, 50, 40
+
+
+def case(
+    seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Hidden states, head weight, and edges: several from one node, weights above 1."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(NODES, SIZE, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(WORDS, SIZE, generator=generator, dtype=dtype)
+    edges = {
+        "parents_E": torch.randint(0, NODES, (EDGES,), generator=generator),
+        "targets_E": torch.randint(0, WORDS, (EDGES,), generator=generator),
+        "weights_E": torch.randint(1, 4, (EDGES,), generator=generator),
+    }
+    return hidden, weight, edges
+
+
+def plain(hidden: torch.Tensor, head: Head, edges: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Full logits, torch's cross-entropy."""
+    logits = hidden[edges["parents_E"]] @ head.weight_VD.T
+    logits = (logits if head.bias_V is None else logits + head.bias_V) * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    losses = F.cross_entropy(logits, edges["targets_E"], reduction="none")
+    return (losses * edges["weights_E"]).sum()
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+@pytest.mark.parametrize("rows_a_block", [1, 3, 1000])
+@pytest.mark.parametrize("keys", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}, {"bias": 1}])
+def test_same_as_cross_entropy(
+    rows_a_chunk: int, rows_a_block: int, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient, however they are cut; several edges may leave one node."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_a_chunk * WORDS)
+    monkeypatch.setattr(module, "BLOCK_LOGITS", rows_a_block * WORDS)
+    hidden, weight, edges = case()
+    bias = torch.linspace(-1, 1, WORDS, dtype=torch.float64) if "bias" in keys else None
+    head = Head(weight, bias, **{key: value for key, value in keys.items() if key != "bias"})
+    ours = edge_loss(hidden, head, **edges)
+    (gradient,) = torch.autograd.grad(ours * 0.5, [hidden])
+    wanted = plain(hidden, head, edges)
+    (wanted_gradient,) = torch.autograd.grad(wanted * 0.5, [hidden])
+    assert len(edges["parents_E"].unique()) < EDGES
+    assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert float((gradient - wanted_gradient).norm()) <= 1e-5 * float(wanted_gradient.norm())
+
+
+def test_without_gradient_the_loss_is_the_same() -> None:
+    hidden, weight, edges = case()
+    with torch.no_grad():
+        alone = edge_loss(hidden, Head(weight), **edges)
+    assert alone.item() == edge_loss(hidden, Head(weight), **edges).item()
+
+
+def test_bf16_loss_is_summed_in_fp32() -> None:
+    """The logits are bf16, as the head makes them; nothing after them is."""
+    hidden, weight, edges = case(dtype=torch.bfloat16)
+    logits = (hidden[edges["parents_E"]] @ weight.T).float()
+    wanted = (F.cross_entropy(logits, edges["targets_E"], reduction="none") * edges["weights_E"]).sum()
+    found = edge_loss(hidden, Head(weight), **edges)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_head_is_read_off_the_model() -> None:
+    """Soft cap and scale from the configuration; a head that learns, or is no linear layer, is left to the model."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+    small = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **heads, head_dim=4, bos_token_id=1, eos_token_id=2))
+    granite = GraniteForCausalLM(GraniteConfig(**small, **heads, logits_scaling=4.0))
+    assert find_head(gemma) is None
+    for model in (gemma, granite):
+        model.requires_grad_(False)
+    capped, scaled = find_head(gemma), find_head(granite)
+    assert capped is not None
+    assert scaled is not None
+    assert (capped.softcap, capped.scale) == (30.0, 1.0)
+    assert (scaled.softcap, scaled.scale) == (None, 0.25)
+    granite.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(8, 20)).requires_grad_(False))
+    assert find_head(granite) is None
