@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
     },
+    "measure": {"assembly", "engine.*", "evaluate", "records"},
     "output": {"errors", "config", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},
     "training": {
         *(

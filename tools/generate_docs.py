@@ -49,12 +49,12 @@ def families_page() -> str:
     return "\n".join(
         [
             "# Model families\n",
-            "Written by `tools/generate_docs.py` from `src/truetune/engine/families.py`. On a tiny random model of each",
-            "family, loss and every gradient were compared, in fp32, with one pair at a time through the model's own",
-            "code (`tests/equivalence/test_families.py`). `trie`: shared prefixes are computed once. `padded`: layers that",
-            "are no plain attention (linear attention, attention sinks) run on padded rows.\n",
-            "This is a list of what was tried, not of what works: before step 1 every model is compared in the same way,",
-            "and what does not agree falls back (`attention` in [config.md](config.md)).\n",
+            "Written by `tools/generate_docs.py` from `src/truetune/engine/families.py`. On a tiny random model",
+            "of each family, loss and every gradient were compared, in fp32, with one pair at a time through the",
+            "model's own code (`tests/equivalence/test_families.py`). `trie`: shared prefixes are computed once.",
+            "`padded`: layers that are no plain attention (linear attention, attention sinks) run on padded rows.\n",
+            "This is a list of what was tried, not of what works: before step 1 every model is compared in the",
+            "same way, and what does not agree falls back (`attention` in [config.md](config.md)).\n",
             "| `model_type` | computed as |",
             "|---|---|",
             *rows,

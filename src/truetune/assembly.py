@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ FREE_KEYS = (
 
 @dataclass(frozen=True)
 class Assembly:
-    """A loop ready to run. `settings`: with every "auto" chosen. `evaluate`: gives the held-out loss.
+    """A loop ready to run. `settings`: with every "auto" chosen. `evaluate`: gives the loss on the rows `held_out`.
 
     `events`: what was compared and measured to choose, for the run's log; none where it was chosen before.
     """
@@ -49,6 +49,7 @@ class Assembly:
     loop: Loop
     evaluate: Callable[[], float | None]
     state: State
+    held_out: Sequence[Row] = ()
     events: tuple[Event, ...] = ()
 
 
@@ -76,7 +77,7 @@ def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Co
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight.prepared.report.steps), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
-    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, events)
+    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, held_out, events)
 
 
 def _engine(

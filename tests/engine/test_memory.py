@@ -96,7 +96,7 @@ def test_peak_sees_what_was_freed(engine: Engine) -> None:
     import torch
 
     before = memory._used_bytes(engine.device)
-    with memory._peak_of(engine.device) as peak:
+    with memory.peak_of(engine.device) as peak:
         tensor = torch.ones(50_000_000)
         time.sleep(0.05)
         del tensor

@@ -1,4 +1,4 @@
-"""`truetune check DATA... --model M`: what would be learned, without loading weights."""
+"""`truetune check DATA... --model M`: what would be learned, without loading weights; --measure: what it will need."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from truetune.errors import UserError
 from truetune.messages import text
 
 if TYPE_CHECKING:
+    from truetune.config import Settings
     from truetune.console import Console
     from truetune.preflight import Preflight
     from truetune.records import Row
 
-# What changes the preflight's numbers.
+# What changes the numbers shown.
 KEYS = (
     *("model", "revision", "hub", "eval_data", "eval_split", "system", "input_join", "template"),
     *("chat_template_kwargs", "train_on", "max_length", "invalid", "batch_size", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+    # What changes time and memory.
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "dtype", "attention", "gradient_checkpointing"),
+    *("max_tokens_per_forward", "eval_steps"),
 )
 
 
@@ -31,11 +35,16 @@ def command(lang: str) -> click.Command:
     """Return the command, described in `lang`."""
 
     def run(
-        data: tuple[str, ...], config_file: str | None, show: str | None, json_file: str | None, **values: Any
+        data: tuple[str, ...],
+        config_file: str | None,
+        show: str | None,
+        json_file: str | None,
+        measure: bool,
+        **values: Any,
     ) -> int:
         settings = resolve(given(values, data), Path(config_file) if config_file else None)
         from truetune.console import Console
-        from truetune.preflight import preflight, show_refused, show_report
+        from truetune.preflight import preflight, require_usable, show_refused, show_report
 
         console = Console(lang)
         flight = preflight(settings.config, console)
@@ -45,8 +54,12 @@ def command(lang: str) -> click.Command:
             _show(show, flight, console)
         if show != "refused":
             show_refused(report, console)
+        facts = dataclasses.asdict(report)
+        if measure:
+            require_usable(report, skip_invalid=settings.config.invalid == "skip")
+            facts |= _measure(settings, flight, console)
         if json_file:
-            _write_json(Path(json_file), dataclasses.asdict(report))
+            _write_json(Path(json_file), facts)
         return 2 if report.rows_refused else 0
 
     return click.Command(
@@ -56,10 +69,33 @@ def command(lang: str) -> click.Command:
         params=[
             click.Argument(["data"], nargs=-1),
             click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
+            click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
             *config_options(lang, KEYS),
         ],
     )
+
+
+def _measure(settings: Settings, flight: Preflight, console: Console) -> dict[str, Any]:
+    """Load the model, run a few steps and print what the whole run will need."""
+    import tempfile
+
+    from truetune.assembly import assemble
+    from truetune.measure import forecast
+
+    with tempfile.TemporaryDirectory() as folder:
+        assembly = assemble(settings, flight, folder=Path(folder), console=console)
+        with console.status("status.steps"):
+            need = forecast(assembly, flight.prepared.train)
+    minutes, seconds = divmod(round(need.seconds), 60)
+    console.pairs(
+        "measure.title",
+        [
+            ("label.time", console.text("measure.time", minutes=minutes, seconds=seconds, step=need.seconds_per_step)),
+            ("label.memory", console.text("measure.memory", gigabytes=need.peak_bytes / 1e9)),
+        ],
+    )
+    return {"measured": dataclasses.asdict(need)}
 
 
 def _show(what: str, flight: Preflight, console: Console) -> None:

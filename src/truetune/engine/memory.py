@@ -121,7 +121,7 @@ def _measure(engine: Engine, pairs: Sequence[Pair]) -> _Line:
     points = []
     for tokens in MEASURED_TOKENS:
         forward = _forward_of(engine, pairs, tokens)
-        with _peak_of(engine.device) as peak:
+        with peak_of(engine.device) as peak:
             seconds = _run(engine, forward)
         points.append((forward.num_tokens, peak(), seconds))
     (few, few_bytes, _), (many, many_bytes, seconds) = points
@@ -158,7 +158,7 @@ def _least_bytes_per_token(engine: Engine) -> int:
 
 
 @contextmanager
-def _peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
+def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
     """Give a function that returns, after the block, the most bytes that were in use inside it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
