@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint fast mutants install install-dev docs clean
+.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -28,6 +28,15 @@ fast: .venv/installed-dev
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py
+
+bench: .venv/installed ## five contenders on the same rows, Qwen3-0.6B shape: about half an hour
+	$(BIN)/python -m bench.run
+
+bench-4b: .venv/installed ## truetune alone, Qwen3-4B shape
+	$(BIN)/python -m bench.run --shape 4b
+
+bench-scaling: .venv/installed ## rows/s against rows of a step, their length and their common prefix
+	$(BIN)/python -m bench.scaling
 
 docs: .venv/installed-dev ## write docs/config.md and docs/data-formats.md
 	$(BIN)/python tools/generate_docs.py

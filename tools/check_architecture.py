@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.order": set(),
     "engine.attention": {"records"},
     "engine.families": set(),
-    "engine.fused": set(),
+    "engine.fused": {"engine.lora"},
     "engine.lora": set(),
     "engine.loss": set(),
     "engine.step": {"records", "engine.attention", "engine.loss", "engine.trie"},

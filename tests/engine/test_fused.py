@@ -1,4 +1,4 @@
-"""Fused RMSNorm and SwiGLU against the layers whose place they take."""
+"""Fused RMSNorm, SwiGLU and rotary attention against the layers' own forwards."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from truetune.engine import fused
-from truetune.engine.fused import FusedRMSNorm, FusedSwiGLU, fuse, use_fused
+from truetune.engine.fused import FusedAttention, FusedRMSNorm, FusedSwiGLU, fuse, use_fused
 
 SMALL = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
-FAMILIES = {
-    "llama": lambda **keys: LlamaForCausalLM(LlamaConfig(**SMALL, num_attention_heads=4, **keys)),
-    "gemma2": lambda **keys: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8, **keys)
+MODELS: dict[str, Any] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_attention_heads=4)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     ),
 }
+FAMILIES = ("llama", "gemma2")
 
 
 def make(name: str) -> Any:
     """A model whose norms' weights are not all the same."""
     torch.manual_seed(0)
-    model = FAMILIES[name]()
+    model = MODELS[name]()
     for key, parameter in model.named_parameters():
         if "norm" in key:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
@@ -39,49 +48,91 @@ def run(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach(), x.grad
 
 
+def both(layer: Any, call: Any, x: torch.Tensor) -> Any:
+    """Pairs of output and gradient: fused, and the layer's own."""
+    results = []
+    for is_fused in (True, False):
+        use_fused(layer, is_fused=is_fused)
+        results.append(run(call, x))
+    return zip(*results, strict=True)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("block_values", [1, 100, 1 << 18])
 def test_norms_equal_the_models_own(name: str, block_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output and gradient in fp32, in one block and in many."""
     monkeypatch.setattr(fused, "BLOCK_VALUES", block_values)
     layer = make(name).model.norm
-    ours = fused._fused_norm(layer)
-    assert isinstance(ours, FusedRMSNorm)
-    assert ours.is_centred == (name == "gemma2")
+    assert fuse(layer) == 1
+    assert isinstance(layer, FusedRMSNorm)
+    assert layer.is_centred == (name == "gemma2")
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-    for one, other in zip(run(ours, x), run(layer, x), strict=True):
+    for one, other in both(layer, layer, x):
         assert float((one - other).norm()) <= 1e-6 * float(other.norm())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_norms_round_where_the_models_own_do(name: str) -> None:
     layer = make(name).model.norm.bfloat16()
-    ours = fused._fused_norm(layer)
-    assert ours is not None
+    assert fuse(layer) == 1
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert float((ours(x) != layer(x)).float().mean()) < 0.01
-    for one, other in zip(run(ours, x), run(layer, x), strict=True):
+    outputs, gradients = both(layer, layer, x)
+    assert float((outputs[0] != outputs[1]).float().mean()) < 0.01
+    for one, other in (outputs, gradients):
         assert float((one - other).float().norm()) <= 4e-3 * float(other.float().norm())
 
 
 def test_swiglu_equals_the_models_own() -> None:
     mlp = make("llama").model.layers[0].mlp
-    ours = fused._fused_mlp(mlp)
-    assert isinstance(ours, FusedSwiGLU)
+    assert fuse(mlp) == 1
+    assert isinstance(mlp, FusedSwiGLU)
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-    for one, other in zip(run(ours, x), run(mlp, x), strict=True):
+    for one, other in both(mlp, mlp, x):
         assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("block_values", [1, 500, 1 << 18])
+def test_attention_equals_the_models_own(name: str, block_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With norms of queries and keys (Qwen3) and without (Llama), through SDPA; positions differ from row to row."""
+    monkeypatch.setattr(fused, "BLOCK_VALUES", block_values)
+    model = make(name)
+    layer = model.model.layers[0].self_attn
+    assert fuse(layer) == (3 if name == "qwen3" else 1)
+    assert isinstance(layer, FusedAttention)
+    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+    positions = model.model.rotary_emb(x, torch.stack([torch.arange(7), torch.arange(3, 10)]))
+    for one, other in both(layer, lambda x: layer(x, position_embeddings=positions, attention_mask=None)[0], x):
+        assert float((one - other).norm()) <= 1e-6 * float(other.norm())
+
+
+def test_eager_attention_is_left_to_the_model() -> None:
+    """It is no registered function, so the layer's own forward takes it."""
+    model = make("llama")
+    model.set_attn_implementation("eager")
+    wanted = model(torch.arange(9)[None]).logits
+    fuse(model.model.layers[0].self_attn)
+    assert torch.equal(model(torch.arange(9)[None]).logits, wanted)
+
+
+def test_generation_with_a_cache_is_left_to_the_model() -> None:
+    model = make("llama").eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    ids = torch.arange(1, 9)[None]
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    fuse(model)
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), wanted)
 
 
 def test_other_activations_are_left_alone() -> None:
     """Gemma's MLP is gated by GELU."""
-    assert fused._fused_mlp(make("gemma2").model.layers[0].mlp) is None
+    assert fuse(make("gemma2").model.layers[0].mlp) == 0
 
 
-def test_names_stay_and_each_layer_is_replaced_once() -> None:
+def test_names_stay_and_each_layer_is_fused_once() -> None:
     model = make("llama")
     names, whole = set(dict(model.named_parameters())), model(torch.arange(9)[None]).logits
-    assert fuse(model) == 2 * 2 + 1 + 2
+    assert fuse(model) == 2 * 2 + 1 + 2 + 2
     assert fuse(model) == 0
     assert set(dict(model.named_parameters())) == names == set(model.state_dict())
     assert torch.allclose(model(torch.arange(9)[None]).logits, whole, rtol=1e-5, atol=1e-6)
@@ -95,6 +146,14 @@ def test_off_means_the_models_own_bits() -> None:
     assert torch.equal(model(torch.arange(9)[None]).logits, whole)
 
 
+def test_no_class_of_the_library_is_changed() -> None:
+    """Only layers of our own model get another class."""
+    fuse(make("llama"))
+    fresh = make("llama")
+    assert type(fresh.model.norm).__name__ == "LlamaRMSNorm"
+    assert not any(hasattr(layer, "is_fused") for layer in fresh.modules())
+
+
 def test_layer_of_that_name_that_computes_something_else_is_left_alone() -> None:
     """It is tried, not believed."""
 
@@ -106,4 +165,4 @@ def test_layer_of_that_name_that_computes_something_else_is_left_alone() -> None
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x / x.abs().mean(-1, keepdim=True) * self.weight
 
-    assert fused._fused_norm(OddRMSNorm()) is None
+    assert fuse(OddRMSNorm()) == 0

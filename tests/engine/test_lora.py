@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from truetune.engine.lora import FusedLinear, keep_mask
+from truetune.engine.lora import FusedLinear, keep_mask, project
 
 
 class Layer(torch.nn.Module):
@@ -133,3 +133,40 @@ def test_dropout_follows_the_seed() -> None:
         masks.append(keep_mask(torch.empty(40, 40), 0.3)[0])
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_layers_of_one_input_are_projected_together(p: float) -> None:
+    """Three layers at once equal the three alone; with dropout, the three with one mask."""
+    models = [make(is_ours=True, bias=n == 1, lora_dropout=p) for n in range(3)]
+    layers = [model.base_model.model.proj for model in models]
+    for n, layer in enumerate(layers):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2 + n)
+    results = []
+    for is_together in (True, False):
+        x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        torch.manual_seed(5)
+        if is_together:
+            outputs = project(x, layers)
+        else:
+            outputs = []
+            for layer in layers:
+                torch.manual_seed(5)
+                outputs.append(layer(x))
+        sum((out * (n + 1) * torch.linspace(-1, 1, 40)).sum() for n, out in enumerate(outputs)).backward()
+        weights = [p for model in models for p in model.parameters() if p.requires_grad]
+        results.append([*(out.detach() for out in outputs), x.grad, *(weight.grad for weight in weights)])
+        for weight in weights:
+            weight.grad = None
+    assert len(results[0]) == 3 + 1 + 6
+    for one, other in zip(*results, strict=True):
+        assert float((one - other).norm()) <= 2e-6 * float(other.norm())
+
+
+def test_layers_that_differ_in_dropout_or_kind_run_alone() -> None:
+    """A linear layer without LoRA, and one with other dropout: each computes by itself."""
+    first, second = make(is_ours=True, lora_dropout=0.5).eval(), make(is_ours=True).eval()
+    layers = [first.base_model.model.proj, second.base_model.model.proj, torch.nn.Linear(24, 3)]
+    x = torch.ones(2, 24)
+    for out, layer in zip(project(x, layers), layers, strict=True):
+        assert torch.allclose(out, layer(x), rtol=1e-6)

@@ -59,9 +59,14 @@ def make_plain_model(folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    last: list[Any] = [None, None]
+
     class SameDropout(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            is_kept, share = keep_mask(x, DROPOUT)
+            # Layers that read one input share a mask.
+            if last[0] is not x:
+                last[:] = x, keep_mask(x, DROPOUT)
+            is_kept, share = last[1]
             return x * is_kept / share
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)

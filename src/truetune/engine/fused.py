@@ -1,44 +1,165 @@
-"""RMSNorm and SwiGLU with backwards written by hand: each reads its input once and keeps nothing but it.
+"""RMSNorm, SwiGLU and rotary attention with backwards written by hand: each keeps its input and nothing else.
 
-transformers' RMSNorm makes five fp32 copies of its input under autograd. Here rows go block by block through the core's
-cache: 3 to 5 times faster on a CPU (docs/log.md), and the fp32 copies are never kept.
+transformers' RMSNorm makes five fp32 copies of its input under autograd, rotary positions four more. Here rows go block
+by block through the core's cache: 3 to 5 times faster on a CPU (docs/log.md), and no copy is kept.
+
+A layer that is fused gets another class, made of a mixin below and its own: names, weights and children stay, and with
+`is_fused` False its own forward computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from truetune.engine.lora import project
 
 BLOCK_VALUES = 1 << 18
 """Values of one block: 1 MB in fp32."""
 
+ROTARY_ATTENTIONS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")
+"""Families whose attention is: project, norm queries and keys or not, rotate, attend, project."""
+
 
 class FusedRMSNorm(torch.nn.Module):
-    """Takes the place of a transformers RMSNorm and shares its weight.
+    """x / rms(x) * weight, or * (1 + weight) if `is_centred` (Gemma)."""
 
-    `is_centred`: the weight is stored minus 1 and multiplied in fp32 (Gemma). `is_fused`: False gives the layer's own
-    forward.
-    """
+    is_fused = True
+    is_centred = False
+    weight: torch.nn.Parameter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the norm of x [..., D]."""
+        if not self.is_fused:
+            out: torch.Tensor = super().forward(x)
+            return out
+        weight = 1 + self.weight.float() if self.is_centred else self.weight
+        normed: torch.Tensor = _RMSNorm.apply(x, weight, _eps(self))
+        return normed
+
+
+class FusedSwiGLU(torch.nn.Module):
+    """down(silu(gate(x)) * up(x))."""
 
     is_fused = True
 
-    def __init__(self, layer: torch.nn.Module, *, eps: float, is_centred: bool) -> None:
-        super().__init__()
-        self.weight = layer.weight
-        self.eps, self.is_centred = eps, is_centred
-        # In a tuple, so that the layer's weight keeps one name.
-        self._layer = (layer,)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [..., D] / rms(x) times the weight."""
+        """Return the MLP's output for x [..., D]."""
         if not self.is_fused:
-            out: torch.Tensor = self._layer[0](x)
+            out: torch.Tensor = super().forward(x)
             return out
-        weight = 1 + self.weight.float() if self.is_centred else self.weight
-        normed: torch.Tensor = _RMSNorm.apply(x, weight, self.eps)
-        return normed
+        gate, up = project(x, [self.gate_proj, self.up_proj])
+        down: torch.Tensor = self.down_proj(_SwiGLU.apply(gate, up))
+        return down
+
+
+class FusedAttention(torch.nn.Module):
+    """Attention with rotary positions; queries and keys are normed and rotated in one pass."""
+
+    is_fused = True
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output for hidden_states [B, T, D]; `position_embeddings`: cos and sin, [B, T, head size] each."""
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation)
+        norms = [getattr(self, name, None) for name in ("q_norm", "k_norm")]
+        is_known = all(norm is None or isinstance(norm, FusedRMSNorm) for norm in norms)
+        is_whole = position_embeddings[0].shape[-1] == self.head_dim
+        has_cache = kwargs.get("past_key_values") is not None
+        if not self.is_fused or has_cache or attend is None or not is_known or not is_whole:
+            out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
+                hidden_states, position_embeddings=position_embeddings, **kwargs
+            )
+            return out
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (x.view(heads) for x in project(hidden_states, [self.q_proj, self.k_proj, self.v_proj]))
+        q, k = (_rotated(x, position_embeddings, norm).transpose(1, 2) for x, norm in zip((q, k), norms, strict=True))
+        dropout = self.attention_dropout if self.training else 0.0
+        mask = kwargs.pop("attention_mask", None)
+        mixed, weights = attend(self, q, k, v.transpose(1, 2), mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(mixed.reshape(*heads[:-2], -1)), weights
+
+
+def fuse(model: torch.nn.Module) -> int:
+    """Fuse every layer of `model` that the mixins compute, and return how many."""
+    found = 0
+    for layer in model.modules():
+        mixin = _mixin_of(layer)
+        if mixin is not None:
+            facts = {"is_centred": _is_centred(layer)} if mixin is FusedRMSNorm else {}
+            layer.__class__ = type(f"Fused{type(layer).__name__}", (mixin, type(layer)), facts)
+            found += 1
+    return found
+
+
+def use_fused(model: torch.nn.Module, *, is_fused: bool) -> None:
+    """Turn every fused layer of `model` on, or off: then its own forward computes."""
+    for layer in model.modules():
+        if hasattr(layer, "is_fused"):
+            layer.is_fused = is_fused
+
+
+def _mixin_of(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
+    """Return the mixin that computes what a layer computes, or None. The comparison before step 1 proves it."""
+    name = type(layer).__name__
+    if hasattr(layer, "is_fused"):
+        return None
+    if name.endswith("RMSNorm"):
+        return FusedRMSNorm if _is_centred(layer) is not None else None
+    if {child for child, _ in layer.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        x = torch.linspace(-4, 4, 9)
+        return FusedSwiGLU if torch.equal(layer.act_fn(x), F.silu(x)) else None
+    return FusedAttention if name in {f"{family}Attention" for family in ROTARY_ATTENTIONS} else None
+
+
+def _eps(layer: torch.nn.Module) -> Any:
+    return getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
+
+
+def _is_centred(layer: torch.nn.Module) -> bool | None:
+    """Return which of the two RMSNorms a layer computes, None if neither. It is tried: names alone prove nothing."""
+    if [name for name, _ in layer.named_parameters()] != ["weight"] or not isinstance(_eps(layer), float):
+        return None
+    weight = layer.weight.detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        wanted = layer(x)
+        for is_centred in (False, True):
+            found = _RMSNorm.apply(x, 1 + weight.float() if is_centred else weight, _eps(layer))
+            if torch.allclose(found, wanted, rtol=1e-2 if x.dtype != torch.float32 else 1e-5, atol=0):
+                return is_centred
+    return None
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the tensors' rows in blocks that fit a core's cache; in one block on other devices."""
+    rows = tensors[0]
+    row_values = max(rows[:1].numel(), 1)
+    size = max(BLOCK_VALUES // row_values, 1) if rows.device.type == "cpu" else max(len(rows), 1)
+    yield from zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, rstd: torch.Tensor) -> torch.Tensor:
+    """Return x / rms(x) * weight over the last axis, and write 1 / rms(x) into `rstd`."""
+    wide = x.float() if x.dtype != torch.float32 else x.clone()
+    rstd.copy_(torch.linalg.vector_norm(wide, dim=-1, keepdim=True))
+    rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
+    # Rounded where transformers rounds: before a weight in the base's dtype, after one in fp32 (Gemma).
+    return wide.mul_(rstd).to(weight.dtype).mul_(weight)
+
+
+def _norm_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, rstd: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `_norm` for x, in fp32."""
+    normed = x.float() * rstd
+    wide = grad.float() * weight.float()
+    shared = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(-x.shape[-1])
+    return wide.addcmul_(normed, shared).mul_(rstd)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,11 +169,7 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty_like(rows)
         rstd = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
         for rows_b, out_b, rstd_b in _blocks(rows, out, rstd):
-            wide = rows_b.float() if rows_b.dtype != torch.float32 else rows_b.clone()
-            rstd_b.copy_(torch.linalg.vector_norm(wide, dim=-1, keepdim=True))
-            rstd_b.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
-            # Rounded where transformers rounds: before a weight in the base's dtype, after one in fp32 (Gemma).
-            out_b.copy_(wide.mul_(rstd_b).to(weight.dtype).mul_(weight))
+            out_b.copy_(_norm(rows_b, weight, eps, rstd=rstd_b))
         ctx.save_for_backward(x, weight, rstd)
         return out.view(x.shape)
 
@@ -60,37 +177,54 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        out, wide_weight = torch.empty_like(rows), weight.float()
-        for rows_b, grad_b, rstd_b, out_b in _blocks(rows, grad_rows, rstd, out):
-            normed = rows_b.float() * rstd_b
-            wide = grad_b.float() * wide_weight
-            shared = torch.linalg.vecdot(wide, normed).unsqueeze(-1).div_(-x.shape[-1])
-            out_b.copy_(wide.addcmul_(normed, shared).mul_(rstd_b))
+        out = torch.empty_like(rows)
+        for grad_b, rows_b, rstd_b, out_b in _blocks(grad_rows, rows, rstd, out):
+            out_b.copy_(_norm_gradient(grad_b, rows_b, weight, rstd=rstd_b))
         return out.view(x.shape), None, None
 
 
-def _blocks(*tensors: torch.Tensor) -> Any:
-    """Return the tensors' rows in blocks that fit a core's cache; in one block on other devices."""
-    rows = tensors[0]
-    size = max(BLOCK_VALUES // rows.shape[-1], 1) if rows.device.type == "cpu" else max(len(rows), 1)
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+def _rotated(x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], norm: FusedRMSNorm | None) -> torch.Tensor:
+    """Return x [B, T, heads, D], normed if there is a norm, and rotated by its position."""
+    cos, sin = (table.expand(*x.shape[:2], -1) for table in positions)
+    weight = None if norm is None else 1 + norm.weight.float() if norm.is_centred else norm.weight
+    out: torch.Tensor = _NormRotary.apply(x, cos, sin, weight, None if norm is None else _eps(norm))
+    return out
 
 
-class FusedSwiGLU(torch.nn.Module):
-    """Takes the place of a gated MLP with SiLU, down(silu(gate(x)) * up(x)), and shares its layers and their names."""
+class _NormRotary(torch.autograd.Function):
+    """y = norm(x); out = y * cos + rotate_half(y) * sin, with rotate_half((u, w)) = (-w, u)."""
 
-    is_fused = True
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None, eps: float | None
+    ) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+        rstd = torch.empty(*rows.shape[:2], 1, dtype=torch.float32, device=x.device)
+        half = x.shape[-1] // 2
+        tables = (cos.flatten(0, 1)[:, None], sin.flatten(0, 1)[:, None])
+        for rows_b, out_b, rstd_b, cos_b, sin_b in _blocks(rows, out, rstd, *tables):
+            y = rows_b if weight is None else _norm(rows_b, weight, eps or 0.0, rstd=rstd_b).to(x.dtype)
+            torch.mul(y, cos_b, out=out_b)
+            out_b[..., :half].addcmul_(y[..., half:], sin_b[..., :half], value=-1)
+            out_b[..., half:].addcmul_(y[..., :half], sin_b[..., half:])
+        ctx.save_for_backward(*([] if weight is None else [x, weight, rstd]), *tables)
+        return out.view(x.shape)
 
-    def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = layer.gate_proj, layer.up_proj, layer.down_proj
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the MLP's output for x [..., D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        active = _SwiGLU.apply(gate, up) if self.is_fused else F.silu(gate) * up
-        out: torch.Tensor = self.down_proj(active)
-        return out
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *normed, cos, sin = ctx.saved_tensors
+        rows = grad.flatten(0, 1)
+        out = torch.empty(rows.shape, dtype=grad.dtype, device=grad.device)
+        half = grad.shape[-1] // 2
+        # x and rstd where there is a norm; else the gradient stands in for them and is not read.
+        kept = (normed[0].flatten(0, 1), normed[2]) if normed else (rows, rows)
+        for rows_b, out_b, cos_b, sin_b, x_b, rstd_b in _blocks(rows, out, cos, sin, *kept):
+            back = rows_b * cos_b
+            back[..., :half].addcmul_(rows_b[..., half:], sin_b[..., half:])
+            back[..., half:].addcmul_(rows_b[..., :half], sin_b[..., :half], value=-1)
+            out_b.copy_(_norm_gradient(back, x_b, normed[1], rstd=rstd_b) if normed else back)
+        return out.view(grad.shape), None, None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -113,48 +247,3 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(F.silu(gate_b), grad_b, out=grad_up_b)
             grad_gate_b.copy_(torch.ops.aten.silu_backward(grad_b * up_b, gate_b))
         return grad_gate, grad_up
-
-
-def fuse(model: torch.nn.Module) -> int:
-    """Replace every RMSNorm and gated MLP of `model` that the fused layers compute, and return how many."""
-    found = 0
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            fused = _fused_norm(layer) or _fused_mlp(layer)
-            if fused is not None:
-                setattr(parent, name, fused.train(layer.training))
-                found += 1
-    return found
-
-
-def use_fused(model: torch.nn.Module, *, is_fused: bool) -> None:
-    """Turn every fused layer of `model` on, or off: then the layers it took the place of compute."""
-    for layer in model.modules():
-        if hasattr(layer, "is_fused"):
-            layer.is_fused = is_fused
-
-
-def _fused_norm(layer: torch.nn.Module) -> FusedRMSNorm | None:
-    """Return a fused layer in place of an RMSNorm, or None. It is tried on random rows: names alone prove nothing."""
-    eps = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
-    if not type(layer).__name__.endswith("RMSNorm") or isinstance(layer, FusedRMSNorm) or not isinstance(eps, float):
-        return None
-    if [name for name, _ in layer.named_parameters()] != ["weight"] or layer.weight.dim() != 1:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(layer.weight), generator=generator).to(layer.weight.device, layer.weight.dtype)
-    with torch.no_grad():
-        for is_centred in (False, True):
-            fused = FusedRMSNorm(layer, eps=eps, is_centred=is_centred)
-            if torch.allclose(fused(x), layer(x), rtol=1e-2 if x.dtype != torch.float32 else 1e-5, atol=0):
-                return fused
-    return None
-
-
-def _fused_mlp(layer: torch.nn.Module) -> FusedSwiGLU | None:
-    """Return a fused layer in place of a gated MLP with SiLU, or None; the comparison before step 1 proves it."""
-    children = {name for name, _ in layer.named_children()}
-    if children != {"gate_proj", "up_proj", "down_proj", "act_fn"} or list(layer.parameters(recurse=False)):
-        return None
-    x = torch.linspace(-4, 4, 9)
-    return FusedSwiGLU(layer) if torch.equal(layer.act_fn(x), F.silu(x)) else None

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-CHUNK_LOGITS = 1 << 26
-"""Logits of one product with the head: 128 MB in bf16."""
+CHUNK_LOGITS = 1 << 25
+"""Logits of one product with the head: 64 MB in bf16."""
 
 BLOCK_LOGITS = 1 << 20
 """Logits turned into probabilities at once: 4 MB in fp32 stay in a core's cache; in larger blocks this takes as long as
@@ -66,10 +65,14 @@ class _EdgeLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         grad_RD = torch.empty_like(hidden_RD) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
-        size = max(CHUNK_LOGITS // len(head.weight_VD), 1)
+        size = min(max(CHUNK_LOGITS // len(head.weight_VD), 1), len(hidden_RD))
+        # One buffer for all chunks: fresh memory costs as much as the product (page faults).
+        buffer_CV = hidden_RD.new_empty(size, len(head.weight_VD))
         for start in range(0, len(hidden_RD), size):
             hidden_CD = hidden_RD[start : start + size]
-            logits_CV = F.linear(hidden_CD, head.weight_VD, head.bias_V)
+            logits_CV = torch.mm(hidden_CD, head.weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+            if head.bias_V is not None:
+                logits_CV += head.bias_V
             for row, block_V in _blocks(logits_CV):
                 loss += _to_gradient(block_V, head, edges=_edges_of(edges, start + row, len(block_V)))
             if grad_RD is not None:
