@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from truetune.engine.step import Engine
-from truetune.errors import NumericsError
+from truetune.errors import MachineError, NumericsError
 from truetune.loop import Loop, Plan
 from truetune.model import Base, add_lora, load_base
 from truetune.records import Pair, Row
@@ -137,3 +137,45 @@ def test_stop_comes_after_evaluation_and_save(tiny_qwen: Path) -> None:
     events = list(loop.run(ROWS, evaluate=lambda: 1.0, save=saved.append, should_stop=lambda: next(asked)))
     assert [(event["kind"], event["step"]) for event in events] == [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]
     assert saved == [2]
+
+
+def out_of_memory_once(loop: Loop, at: int) -> None:
+    """Let the `at`-th backward fail as a GPU does."""
+    calls = itertools.count(1)
+
+    def backward(loss: torch.Tensor) -> None:
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loss.backward()
+
+    loop.backward = backward
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, tiny_qwen: Path) -> None:
+    """Whether the first forward of a step fails or a later one: the same step, with an event, and none after it."""
+    whole, halved = make_loop(tiny_qwen, max_tokens=12), make_loop(tiny_qwen, max_tokens=12)
+    wanted = list(whole.run(ROWS))
+    out_of_memory_once(halved, at)
+    events = list(halved.run(ROWS))
+    notices = [event for event in events if event["kind"] == "memory"]
+    assert len(notices) == 1
+    assert notices[0]["max_tokens"] == halved.engine.max_tokens < 12
+    steps = [event for event in events if event["kind"] == "step"]
+    assert len(steps) == 3
+    for one, other in zip(steps, wanted, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_out_of_memory_for_one_pair_ends_the_run(tiny_qwen: Path) -> None:
+    """Nothing is left to halve: exit 3, with the step."""
+    loop = make_loop(tiny_qwen)
+
+    def backward(loss: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loop.backward = backward
+    with pytest.raises(MachineError) as caught:
+        list(loop.run(ROWS))
+    assert (caught.value.where, caught.value.exit_code) == ("step 1", 3)

@@ -122,7 +122,10 @@ class Steps:
         self._durations_s: list[float] = []
 
     def show(self, event: Mapping[str, Any], *, is_logged: bool) -> None:
-        """Show a "step" or "eval" event; `is_logged`: print a line where there is no bar."""
+        """Show an event of the loop; `is_logged`: print a line where there is no bar."""
+        if event["kind"] == "memory":
+            self._console.say("train.smaller", step=event["step"], tokens=event["max_tokens"])
+            return
         if event["kind"] == "eval":
             self._console.say("train.eval", step=event["step"], loss=f"{event['eval_loss']:.4f}")
             return

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -15,7 +15,7 @@ import torch
 from truetune.engine.order import batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
-from truetune.errors import NumericsError
+from truetune.errors import MachineError, NumericsError
 from truetune.records import Pair, Row
 
 Event = dict[str, Any]
@@ -75,7 +75,7 @@ class Loop:
         self.engine.model.train()
         for batch in self._batches(rows, start):
             step = batch.step
-            yield self._step(batch)
+            yield from self._step(batch)
             is_last = step == plan.num_steps
             if is_last or step % plan.eval_steps == 0:
                 yield from _evaluation(step, evaluate)
@@ -104,15 +104,25 @@ class Loop:
                     following = builder.submit(build, step + 1)
                 yield batch
 
-    def _step(self, batch: Batch) -> Event:
-        """Take one optimizer step and return its event."""
+    def _step(self, batch: Batch) -> Iterator[Event]:
+        """Take one optimizer step and yield its event; before it, one for each time that memory ran out."""
         began, cpu_began = time.perf_counter(), time.process_time()
         step, rows = batch.step, batch.rows
-        result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
+        while True:
+            try:
+                result = train_step(
+                    self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward
+                )
+                break
+            except torch.OutOfMemoryError:
+                # Only a GPU says so; what was added to the gradient is half a step.
+                self.optimizer.zero_grad(set_to_none=True)
+            batch = self._in_smaller_forwards(batch)
+            yield {"kind": "memory", "step": step, "max_tokens": self.engine.max_tokens}
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self._update(step, rows, result.loss)
         seconds = time.perf_counter() - began
-        return {
+        yield {
             "kind": "step",
             "step": step,
             "epoch": round(batch.epoch, 4),
@@ -130,6 +140,19 @@ class Loop:
             "gpu_percent": _gpu_percent(),
             "row_ids": [row.index for row in rows],
         }
+
+    def _in_smaller_forwards(self, batch: Batch) -> Batch:
+        """Halve the forwards of a batch that did not fit, and of all that follow.
+
+        Raises: MachineError if its longest pair alone does not fit.
+        """
+        largest = max(forward.num_tokens for forward in batch.forwards)
+        longest = max(forward.num_positions for forward in batch.forwards)
+        if largest <= longest:
+            raise MachineError("out_of_memory", where=f"step {batch.step}", fix="out_of_memory")
+        size = min(self.engine.max_tokens, max(largest // 2, longest))
+        self.engine = replace(self.engine, max_tokens=size)
+        return replace(batch, forwards=make_forwards(self.engine, _pairs_of(batch.rows)))
 
     def _update(self, step: int, rows: Sequence[Row], loss: float) -> float:
         """Clip and apply the gradient; return its norm before clipping.

@@ -37,7 +37,7 @@ def start(accelerator: Any, config: Config, *, folder: Path) -> None:
 
 def log(accelerator: Any, event: Mapping[str, Any], *, every: int) -> None:
     """Hand an event to the trackers: each evaluation, and the steps that `every` divides."""
-    if event["kind"] == "eval" or event["step"] % every == 0:
+    if event["kind"] == "eval" or (event["kind"] == "step" and event["step"] % every == 0):
         accelerator.log(scalars_of(event), step=event["step"])
 
 

@@ -100,6 +100,7 @@ TEXTS = {
     "train.choice": "  {name}: {value}  ({origin})",
     "train.fewer_held_out": "The run is short: {used} of {total} held-out rows are evaluated.",
     "train.eval": "step {step}: held-out loss {loss}",
+    "train.smaller": "step {step}: memory ran out; forwards have at most {tokens:,} tokens from here on",
     "train.bar": "loss {loss}  {rate} rows/s  {memory} GB",
     "train.step": "step {step}/{total}: loss {loss}  grad norm {grad_norm}  {rate} rows/s  {memory} GB  ETA {eta}",
     "train.skipped_checkpoint": "{name} is damaged ({file}) and was passed over.",

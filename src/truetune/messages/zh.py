@@ -97,6 +97,7 @@ TEXTS = {
     "train.choice": "  {name}: {value}  （{origin}）",
     "train.fewer_held_out": "这次训练很短：{total} 条留出样本中评估 {used} 条。",
     "train.eval": "第 {step} 步：留出样本的损失 {loss}",
+    "train.smaller": "第 {step} 步：内存不够；此后每次前向最多 {tokens:,} 个 token",
     "train.bar": "损失 {loss}  {rate} 条/秒  {memory} GB",
     "train.step": "第 {step}/{total} 步：损失 {loss}  梯度范数 {grad_norm}  {rate} 条/秒  {memory} GB  剩余 {eta}",
     "train.skipped_checkpoint": "{name} 已损坏（{file}），跳过。",
