@@ -110,9 +110,7 @@ class Loop:
         step, rows = batch.step, batch.rows
         while True:
             try:
-                result = train_step(
-                    self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward
-                )
+                result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
                 break
             except torch.OutOfMemoryError:
                 # Only a GPU says so; what was added to the gradient is half a step.

@@ -89,6 +89,14 @@ def test_segments_equal_a_dense_mask(
     assert_same(random_trie(seed, num_pairs=num_pairs, length=length), window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_kept_and_recomputed_probabilities_are_one(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the backward finds them or makes them again."""
+    monkeypatch.setattr(attention, "KEPT_SCORES", kept)
+    for window in (None, 6):
+        assert_same(random_trie(11, num_pairs=12, length=40), window=window)
+
+
 @pytest.mark.parametrize("window", [None, 5, 40])
 def test_long_segments_go_in_blocks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits make many chunks and blocks of one query upwards; the result is the same."""

@@ -9,7 +9,7 @@ whole path down to it, so position j of the path is key j, and causal order is a
                                     query 9  x x x x x x
 
 Segments of like length run together as one batched product (a chunk); long ones are cut into blocks of queries, so that
-memory stays linear in length. The probabilities are recomputed in the backward, as FlashAttention does
+memory stays linear in length. The probabilities of long paths are recomputed in the backward, as FlashAttention does
 (arXiv:2205.14135). Plain torch: it serves every device.
 """
 
@@ -37,6 +37,8 @@ MIN_QUERIES = 64
 # block of MIN_QUERIES queries may take more.
 CHUNK_SCORES = {"cpu": 1 << 19}
 GPU_CHUNK_SCORES = 1 << 24
+KEPT_SCORES = 1
+"""Scores of a head, in sizes of its queries, up to which probabilities are kept for the backward."""
 
 
 class UnsupportedError(Exception):
@@ -59,6 +61,11 @@ class Chunk:
     key_nodes: torch.Tensor
     padding: torch.Tensor
     last_seen_S1Q1: torch.Tensor
+
+    @property
+    def num_scores(self) -> int:
+        """Scores of one head, padding included."""
+        return len(self.query_nodes) * (len(self.key_nodes) // self.num_segments)
 
     def hidden(self, window: int | None) -> torch.Tensor:
         """Return True [S, 1, Q, L] where a query may not see a key; not kept, since it grows with length squared."""
@@ -162,9 +169,17 @@ class _SegmentAttention(torch.autograd.Function):
         ctx.save_for_backward(q_NHD, k_NGD, v_NGD)
         ctx.core = core
         out_NHD = q_NHD.new_empty(len(q_NHD) + 1, q_NHD.shape[1], v_NGD.shape[-1])
-        for chunk in core.layout.chunks(core.window):
+        chunks = core.layout.chunks(core.window)
+        # Kept only where they take no more than the queries do: on paths of up to some hundred tokens, without a cap.
+        num_scores = sum(chunk.num_scores for chunk in chunks)
+        is_short = core.softcap is None and num_scores <= q_NHD.shape[-1] * KEPT_SCORES * len(q_NHD)
+        ctx.probabilities = []
+        for chunk in chunks:
             q, k, v = core.queries(chunk, q_NHD), core.keys(chunk, k_NGD), core.keys(chunk, v_NGD)
-            core.put_queries(chunk, torch.bmm(core.probabilities(chunk, q, k)[0], v), into=out_NHD)
+            p, _ = core.probabilities(chunk, q, k)
+            core.put_queries(chunk, torch.bmm(p, v), into=out_NHD)
+            if is_short:
+                ctx.probabilities.append(p)
         return out_NHD[:-1]
 
     @staticmethod
@@ -175,9 +190,10 @@ class _SegmentAttention(torch.autograd.Function):
         # A shared key gathers the gradients of all its branches: in fp32, so that none is rounded away.
         grad_k_NGD = torch.zeros(k_NGD.shape, dtype=torch.float32, device=k_NGD.device)
         grad_v_NGD = torch.zeros(v_NGD.shape, dtype=torch.float32, device=v_NGD.device)
-        for chunk in core.layout.chunks(core.window):
+        for number, chunk in enumerate(core.layout.chunks(core.window)):
             q, k, v = core.queries(chunk, q_NHD), core.keys(chunk, k_NGD), core.keys(chunk, v_NGD)
-            p, slope = core.probabilities(chunk, q, k)
+            is_kept = bool(ctx.probabilities)
+            p, slope = (ctx.probabilities[number], None) if is_kept else core.probabilities(chunk, q, k)
             grad_out = core.queries(chunk, grad_NHD, zero_padding=True)
             core.add_keys(chunk, torch.bmm(p.transpose(1, 2), grad_out), into=grad_v_NGD)
             grad_s = torch._softmax_backward_data(torch.bmm(grad_out, v.transpose(1, 2)), p, -1, p.dtype)
