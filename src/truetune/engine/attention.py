@@ -32,7 +32,7 @@ from truetune.records import Trie
 SEGMENTS, FLEX = "truetune_segments", "truetune_flex"
 """Names in transformers' registries."""
 
-MIN_QUERIES = 64
+MIN_QUERIES = 256
 # Scores (queries times keys times heads) of one chunk: on a CPU, 2 MB in fp32 stay in a core's cache. A long segment's
 # block of MIN_QUERIES queries may take more.
 CHUNK_SCORES = {"cpu": 1 << 19}
