@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling install install-dev docs clean
+.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling bench-lengths install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -38,7 +38,10 @@ bench-4b: .venv/installed ## truetune alone, Qwen3-4B shape
 bench-scaling: .venv/installed ## rows/s against rows of a step, their length and their common prefix
 	$(BIN)/python -m bench.scaling
 
-docs: .venv/installed-dev ## write docs/config.md and docs/data-formats.md
+bench-lengths: .venv/installed ## memory and time of one long pair
+	$(BIN)/python -m bench.lengths
+
+docs: .venv/installed-dev ## write the generated pages of docs/
 	$(BIN)/python tools/generate_docs.py
 
 install: .venv/installed

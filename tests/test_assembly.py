@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from truetune.assembly import Assembly, assemble, identity_of
+from truetune.cli import run
 from truetune.config import load_yaml, resolve
 from truetune.console import Console
 from truetune.errors import UserError
 from truetune.preflight import preflight
+from truetune.rundir import RunDir
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -140,3 +142,28 @@ def test_huanhuan_recipe_is_the_notebooks(shared: Path, tiny_qwen: Path) -> None
     flags = {"data": [str(shared / "data" / "huanhuan.json")], "model": str(tiny_qwen)}
     config = resolve(flags, EXAMPLES / "huanhuan.yaml").config
     assert preflight(config, Console(quiet=True)).prepared.report.steps == 351
+
+
+@pytest.mark.slow
+def test_family_that_is_no_plain_attention_falls_back_and_says_so(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], qwen_tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Attention sinks (GPT-OSS): padded rows, told on the screen and in the log; a trie asked for is refused."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    folder = tmp_path / "oss"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    ids = {"eos_token_id": 151645, "pad_token_id": 151643, "bos_token_id": None}
+    GptOssForCausalLM(GptOssConfig(vocab_size=len(qwen_tokenizer), **sizes, **heads, **ids)).save_pretrained(folder)
+    qwen_tokenizer.save_pretrained(folder)
+    words = ["train", str(write_json(rows)), "--model", str(folder), "--max-steps", "1", "--dtype", "float32"]
+    words += ["--target-modules", "q_proj,v_proj", "--output-dir", str(tmp_path / "out"), "--lang", "en"]
+    assert run([*words, "--attention", "trie"]) == 4
+    assert "attention: trie differs from the model's own code" in capsys.readouterr().err
+    assert run(words) == 0
+    assert "Not computed as trie: UnsupportedError: s_aux" in capsys.readouterr().out
+    events = list(RunDir(tmp_path / "out").read_events())
+    compared = [(e["attention"], e["is_same"], e["chosen"]) for e in events if e["kind"] == "comparison"]
+    assert compared == [("trie", False, "padded"), ("padded", True, "padded")]
+    assert load_yaml(tmp_path / "out" / "config.yaml")[0]["attention"] == "padded"

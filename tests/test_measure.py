@@ -16,6 +16,7 @@ from truetune.config import resolve
 from truetune.console import Console
 from truetune.measure import forecast
 from truetune.preflight import preflight
+from truetune.records import pairs_of
 
 Write = Callable[..., Path]
 
@@ -41,7 +42,7 @@ def test_tokens_of_the_run_are_counted(
     events = list(again.loop.run(train, evaluate=again.evaluate))
     step_tokens = sum(event["computed_tokens"] for event in events if event["kind"] == "step")
     num_evaluations = sum(event["kind"] == "eval" for event in events)
-    eval_tokens = sum(f.num_tokens for f in measure.make_forwards(again.loop.engine, measure._pairs(again.held_out)))
+    eval_tokens = sum(f.num_tokens for f in measure.make_forwards(again.loop.engine, pairs_of(again.held_out)))
     expected = per_token * (step_tokens + num_evaluations * eval_tokens / measure.STEP_COST)
     assert num_evaluations > 1
     assert eval_tokens > 0

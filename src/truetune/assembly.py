@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from truetune.evaluate import choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
 from truetune.preflight import Preflight
-from truetune.records import Row
+from truetune.records import Row, pairs_of
 
 SAVES_PER_RUN = 20
 # Keys that may change between a run and its resumption, since they change nothing that is computed.
@@ -53,8 +53,12 @@ class Assembly:
     events: tuple[Event, ...] = ()
 
 
-def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Console) -> Assembly:
+def assemble(
+    settings: Settings, flight: Preflight, *, folder: Path, console: Console, is_begun: bool = False
+) -> Assembly:
     """Load the model and put the loop together. `folder`: the run's, where trackers may write.
+
+    `is_begun`: the run goes on, so that how it computes was compared when it began, and stands in `settings`.
 
     Raises: UserError if the weights or the LoRA targets do not fit.
     """
@@ -70,7 +74,7 @@ def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Co
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
         model = accelerator.prepare(_load(flight.base, config, dtype))
     settings = settings.with_chosen(dtype=dtype)
-    engine, settings, events = _engine(settings, flight, model, console)
+    engine, settings, events = _engine(settings, flight, model, console, is_begun=is_begun)
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
@@ -81,13 +85,16 @@ def assemble(settings: Settings, flight: Preflight, *, folder: Path, console: Co
 
 
 def _engine(
-    settings: Settings, flight: Preflight, model: Any, console: Console
+    settings: Settings, flight: Preflight, model: Any, console: Console, *, is_begun: bool
 ) -> tuple[Engine, Settings, tuple[Event, ...]]:
     """Return the engine that agrees with the model and fits into memory, with what was chosen and the events of it."""
     config = settings.config
     filler = pad_id(flight.renderer.tokenizer)
     plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model))
-    choice = _compared(plain, settings, flight, console)
+    if config.attention == "plain" or (is_begun and config.attention != "auto"):
+        choice = Choice(use_kind(replace(plain, kind=config.attention)), ())
+    else:
+        choice = _compared(plain, config.attention, flight, console)
     size, recompute = config.max_tokens_per_forward, config.gradient_checkpointing
     if size == "auto" or recompute == "auto":
         with console.status("status.measure"):
@@ -107,22 +114,16 @@ def _engine(
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
 
 
-def _compared(plain: Engine, settings: Settings, flight: Preflight, console: Console) -> Choice:
+def _compared(plain: Engine, asked: Kind | Literal["auto"], flight: Preflight, console: Console) -> Choice:
     """Return the engine of the kind that was asked for, if it agrees with plain; of the fastest that does, for auto.
-
-    What an earlier start of the run chose is taken as it is.
 
     Raises: NumericsError if a kind that was asked for computes something else.
     """
-    asked = settings.config.attention
-    if asked == "plain" or (asked != "auto" and settings.origins["attention"] == "auto"):
-        return Choice(use_kind(replace(plain, kind=asked)), ())
     if asked == "flex" and plain.device.type != "cuda":
         raise UserError("flex_needs_gpu", where="attention", fix="flex_needs_gpu")
     kinds: tuple[Kind, ...] = ("trie", "padded") if asked == "auto" else (asked,)
-    pairs = [pair for row in flight.prepared.train for pair in row.pairs]
     with console.status("status.compare"):
-        choice = choose_engine(plain, pairs, kinds=kinds)
+        choice = choose_engine(plain, pairs_of(flight.prepared.train), kinds=kinds)
     if asked not in ("auto", choice.engine.kind):
         result = choice.comparisons[-1]
         raise NumericsError("engine_differs", where="attention", fix="engine_differs", **asdict(result))
@@ -139,7 +140,7 @@ def _show_engine(choice: Choice, limits: Limits | None, console: Console) -> Non
 
 def _events(choice: Choice, limits: Limits | None) -> Iterator[Event]:
     for result in choice.comparisons:
-        yield {"kind": "comparison", "attention": result.kind, **asdict(result), "chosen": choice.engine.kind}
+        yield {**asdict(result), "kind": "comparison", "attention": result.kind, "chosen": choice.engine.kind}
     if limits is not None:
         yield {"kind": "memory", **asdict(limits)}
 

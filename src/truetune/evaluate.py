@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from truetune.engine.step import Engine, held_out_loss
-from truetune.records import Row
+from truetune.records import Row, pairs_of
 
 MAX_SHARE = 0.05
 """Evaluations take about this share of a run's time at most, unless the user says otherwise."""
@@ -19,7 +19,7 @@ MIN_ROWS = 8
 
 def loss_evaluator(engine: Engine, rows: Sequence[Row]) -> Callable[[], float | None]:
     """Return a function that gives the model's loss on `rows` as it is now, or None if there are none."""
-    pairs = [pair for row in rows for pair in row.pairs]
+    pairs = pairs_of(rows)
     if not pairs:
         return lambda: None
     return lambda: held_out_loss(engine, pairs)

@@ -16,7 +16,7 @@ from truetune.engine.order import batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import MachineError, NumericsError
-from truetune.records import Pair, Row
+from truetune.records import Row, pairs_of
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
@@ -93,7 +93,7 @@ class Loop:
         def build(step: int) -> Batch:
             epoch, numbers = next(order)
             chosen = [rows[number] for number in numbers]
-            pairs = _pairs_of(chosen)
+            pairs = pairs_of(chosen)
             return Batch(step, epoch, chosen, make_forwards(self.engine, pairs), count_trie_tokens(pairs))
 
         with ThreadPoolExecutor(max_workers=1) as builder:
@@ -128,7 +128,7 @@ class Loop:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "rows": len(rows),
-            "pairs": len(_pairs_of(rows)),
+            "pairs": len(pairs_of(rows)),
             "learned_tokens": result.num_learned_tokens,
             "trie_tokens": batch.trie_tokens,
             "computed_tokens": result.num_tokens,
@@ -150,7 +150,7 @@ class Loop:
             raise MachineError("out_of_memory", where=f"step {batch.step}", fix="out_of_memory")
         size = min(self.engine.max_tokens, max(largest // 2, longest))
         self.engine = replace(self.engine, max_tokens=size)
-        return replace(batch, forwards=make_forwards(self.engine, _pairs_of(batch.rows)))
+        return replace(batch, forwards=make_forwards(self.engine, pairs_of(batch.rows)))
 
     def _update(self, step: int, rows: Sequence[Row], loss: float) -> float:
         """Clip and apply the gradient; return its norm before clipping.
@@ -169,10 +169,6 @@ class Loop:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
-
-
-def _pairs_of(rows: Sequence[Row]) -> list[Pair]:
-    return [pair for row in rows for pair in row.pairs]
 
 
 def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:

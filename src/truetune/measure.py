@@ -14,7 +14,7 @@ from truetune.engine.memory import peak_of
 from truetune.engine.order import batches
 from truetune.engine.step import Engine, make_forwards
 from truetune.evaluate import STEP_COST
-from truetune.records import Pair, Row
+from truetune.records import Row, pairs_of
 
 # Steps that are run: the first one warms up, the others are timed.
 NUM_STEPS = 4
@@ -41,7 +41,7 @@ def forecast(assembly: Assembly, rows: Sequence[Row]) -> Forecast:
     seconds_per_token = statistics.median(timed[1:] or timed)
     step_tokens = _mean_tokens(engine, rows, plan.batch_size, seed=plan.seed, num_steps=plan.num_steps)
     num_evaluations = 1 + -(-plan.num_steps // plan.eval_steps)
-    held_out = _pairs(assembly.held_out)
+    held_out = pairs_of(assembly.held_out)
     eval_tokens = sum(forward.num_tokens for forward in make_forwards(engine, held_out)) if held_out else 0
     seconds = seconds_per_token * (plan.num_steps * step_tokens + num_evaluations * eval_tokens / STEP_COST)
     planned = [event["peak_bytes"] for event in assembly.events if event["kind"] == "memory"]
@@ -54,10 +54,6 @@ def _mean_tokens(engine: Engine, rows: Sequence[Row], batch_size: int, *, seed: 
     tokens = []
     for number, (_, numbers) in zip(range(num_steps), batches(len(rows), batch_size, seed=seed), strict=False):
         if number in chosen:
-            forwards = make_forwards(engine, _pairs([rows[row] for row in numbers]))
+            forwards = make_forwards(engine, pairs_of([rows[row] for row in numbers]))
             tokens.append(sum(forward.num_tokens for forward in forwards))
     return statistics.fmean(tokens)
-
-
-def _pairs(rows: Sequence[Row]) -> list[Pair]:
-    return [pair for row in rows for pair in row.pairs]

@@ -17,7 +17,7 @@ A pair, and the labels that a padded row of it gets (`.` = IGNORE_INDEX):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,11 @@ class Row:
     pairs: tuple[Pair, ...]
     prompt: tuple[Message, ...] = ()
     answer: str = ""
+
+
+def pairs_of(rows: Iterable[Row]) -> list[Pair]:
+    """Return the pairs of rows, in order."""
+    return [pair for row in rows for pair in row.pairs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     require_usable(flight.prepared.report, skip_invalid=config.invalid == "skip")
     console.say("train.first_example")
     console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
-    assembly = assemble(settings, flight, folder=path, console=console)
+    assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run)
     start = _resume(run, assembly, console)
     write_start(run, assembly.settings, flight=flight)
     with recorded_state(run):

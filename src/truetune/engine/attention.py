@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -190,9 +190,9 @@ class _SegmentAttention(torch.autograd.Function):
         # A shared key gathers the gradients of all its branches: in fp32, so that none is rounded away.
         grad_k_NGD = torch.zeros(k_NGD.shape, dtype=torch.float32, device=k_NGD.device)
         grad_v_NGD = torch.zeros(v_NGD.shape, dtype=torch.float32, device=v_NGD.device)
+        is_kept = bool(ctx.probabilities)
         for number, chunk in enumerate(core.layout.chunks(core.window)):
             q, k, v = core.queries(chunk, q_NHD), core.keys(chunk, k_NGD), core.keys(chunk, v_NGD)
-            is_kept = bool(ctx.probabilities)
             p, slope = (ctx.probabilities[number], None) if is_kept else core.probabilities(chunk, q, k)
             grad_out = core.queries(chunk, grad_NHD, zero_padding=True)
             core.add_keys(chunk, torch.bmm(p.transpose(1, 2), grad_out), into=grad_v_NGD)
@@ -260,7 +260,8 @@ class _Core:
 UNKNOWN_ARGUMENTS = ("s_aux", "sinks", "position_bias", "head_mask", "cache")
 
 
-def _segment_attention(
+def _attend(
+    compute: Callable[..., torch.Tensor],
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -274,55 +275,47 @@ def _segment_attention(
 
     Raises: UnsupportedError if the layer asks for more than causal attention, windows, scales and soft caps.
     """
-    layout, window, scale = _asked(module, query, attention_mask, arguments)
-    core = _Core(layout, window, scale, arguments.get("softcap"), key.shape[1])
+    layout = arguments.get("trie_layout")
+    unknown = [name for name in UNKNOWN_ARGUMENTS if arguments.get(name) is not None]
+    unknown += ["dropout"] if arguments.get("dropout") else []
+    if unknown or layout is None or attention_mask is None or not getattr(module, "is_causal", True):
+        raise UnsupportedError(", ".join(unknown) or type(module).__name__)
+    scaling = arguments.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    core = _Core(layout, int(attention_mask) or None, scale, arguments.get("softcap"), key.shape[1])
+    return compute(query, key, value, core), None
+
+
+def _by_segments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, core: _Core) -> torch.Tensor:
     q_NHD, k_NGD, v_NGD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _SegmentAttention.apply(q_NHD, k_NGD, v_NGD, core)[None], None
+    out_NHD: torch.Tensor = _SegmentAttention.apply(q_NHD, k_NGD, v_NGD, core)
+    return out_NHD[None]
 
 
-def _flex_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **arguments: Any,
-) -> tuple[torch.Tensor, None]:
+def _by_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, core: _Core) -> torch.Tensor:
     """The same by FlexAttention (torch 2.13: no backward on a CPU, where only its forward can be compared)."""
-    layout, window, scale = _asked(module, query, attention_mask, arguments)
-    softcap = arguments.get("softcap")
 
     def cap(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return core.softcap * torch.tanh(score / core.softcap)
 
     flex = _compiled_flex() if query.is_cuda else flex_attention
-    out = flex(
+    out: torch.Tensor = flex(
         *(query, key, value),
-        score_mod=None if softcap is None else cap,
-        block_mask=layout.block_mask(window),
-        scale=scale,
+        score_mod=None if core.softcap is None else cap,
+        block_mask=core.layout.block_mask(core.window),
+        scale=core.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2)
+
+
+_segment_attention, _flex_attention = partial(_attend, _by_segments), partial(_attend, _by_flex)
 
 
 @cache
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     compiled: Callable[..., torch.Tensor] = torch.compile(flex_attention)
     return compiled
-
-
-def _asked(
-    module: Any, query: torch.Tensor, mask: torch.Tensor | None, arguments: dict[str, Any]
-) -> tuple[Layout, int | None, float]:
-    """Return layout, window and scale of a layer's call; refuse what the engine does not compute."""
-    layout = arguments.get("trie_layout")
-    unknown = [name for name in UNKNOWN_ARGUMENTS if arguments.get(name) is not None]
-    unknown += ["dropout"] if arguments.get("dropout") else []
-    if unknown or layout is None or mask is None or not getattr(module, "is_causal", True):
-        raise UnsupportedError(", ".join(unknown) or type(module).__name__)
-    scaling = arguments.get("scaling")
-    return layout, int(mask) or None, query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
 def trie_mask(*, q_length: int, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:

@@ -37,8 +37,7 @@ class FusedRMSNorm(torch.nn.Module):
         if not self.is_fused:
             out: torch.Tensor = super().forward(x)
             return out
-        weight = 1 + self.weight.float() if self.is_centred else self.weight
-        normed: torch.Tensor = _RMSNorm.apply(x, weight, _eps(self))
+        normed: torch.Tensor = _RMSNorm.apply(x, _factor(self.weight, self.is_centred), _eps(self))
         return normed
 
 
@@ -89,9 +88,8 @@ def fuse(model: torch.nn.Module) -> int:
     """Fuse every layer of `model` that the mixins compute, and return how many."""
     found = 0
     for layer in model.modules():
-        mixin = _mixin_of(layer)
+        mixin, facts = _mixin_of(layer)
         if mixin is not None:
-            facts = {"is_centred": _is_centred(layer)} if mixin is FusedRMSNorm else {}
             layer.__class__ = type(f"Fused{type(layer).__name__}", (mixin, type(layer)), facts)
             found += 1
     return found
@@ -104,17 +102,26 @@ def use_fused(model: torch.nn.Module, *, is_fused: bool) -> None:
             layer.is_fused = is_fused
 
 
-def _mixin_of(layer: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """Return the mixin that computes what a layer computes, or None. The comparison before step 1 proves it."""
+def _mixin_of(layer: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, dict[str, Any]]:
+    """Return the mixin that computes what a layer computes, or None, and what the fused class is to know.
+
+    The comparison before step 1 proves it.
+    """
     name = type(layer).__name__
     if hasattr(layer, "is_fused"):
-        return None
+        return None, {}
     if name.endswith("RMSNorm"):
-        return FusedRMSNorm if _is_centred(layer) is not None else None
+        is_centred = _is_centred(layer)
+        return (None if is_centred is None else FusedRMSNorm), {"is_centred": is_centred}
     if {child for child, _ in layer.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         x = torch.linspace(-4, 4, 9)
-        return FusedSwiGLU if torch.equal(layer.act_fn(x), F.silu(x)) else None
-    return FusedAttention if name in {f"{family}Attention" for family in ROTARY_ATTENTIONS} else None
+        return (FusedSwiGLU if torch.equal(layer.act_fn(x), F.silu(x)) else None), {}
+    return (FusedAttention if name in {f"{family}Attention" for family in ROTARY_ATTENTIONS} else None), {}
+
+
+def _factor(weight: torch.Tensor, is_centred: bool) -> torch.Tensor:
+    """Return what a norm multiplies by; a centred weight is stored minus 1, and fp32 from there on."""
+    return 1 + weight.float() if is_centred else weight
 
 
 def _eps(layer: torch.nn.Module) -> Any:
@@ -131,7 +138,7 @@ def _is_centred(layer: torch.nn.Module) -> bool | None:
     with torch.no_grad():
         wanted = layer(x)
         for is_centred in (False, True):
-            found = _RMSNorm.apply(x, 1 + weight.float() if is_centred else weight, _eps(layer))
+            found = _RMSNorm.apply(x, _factor(weight, is_centred), _eps(layer))
             if torch.allclose(found, wanted, rtol=1e-2 if x.dtype != torch.float32 else 1e-5, atol=0):
                 return is_centred
     return None
@@ -186,7 +193,7 @@ class _RMSNorm(torch.autograd.Function):
 def _rotated(x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], norm: FusedRMSNorm | None) -> torch.Tensor:
     """Return x [B, T, heads, D], normed if there is a norm, and rotated by its position."""
     cos, sin = (table.expand(*x.shape[:2], -1) for table in positions)
-    weight = None if norm is None else 1 + norm.weight.float() if norm.is_centred else norm.weight
+    weight = None if norm is None else _factor(norm.weight, norm.is_centred)
     out: torch.Tensor = _NormRotary.apply(x, cos, sin, weight, None if norm is None else _eps(norm))
     return out
 

@@ -18,7 +18,7 @@ import torch
 
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.errors import UserError
-from truetune.records import Pair, Row
+from truetune.records import Pair, Row, pairs_of
 
 # Tokens of one forward, at most: beyond them nothing gets faster (docs/log.md).
 MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
@@ -63,13 +63,13 @@ def choose_limits(
 
     Raises: UserError naming the longest row, and what would fit, if it does not fit even with recomputation.
     """
-    longest = max((row for row in rows), key=lambda row: max(map(len, row.pairs)))
+    longest = max(rows, key=lambda row: max(map(len, row.pairs)))
     longest_tokens = max(map(len, longest.pairs))
     budget = _used_bytes(engine.device) + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
     choices = [False, True] if is_checkpointed is None else [is_checkpointed]
     for choice in choices:
         set_checkpointing(engine, is_on=choice)
-        line = _measure(engine, [pair for row in rows for pair in row.pairs])
+        line = _measure(engine, pairs_of(rows))
         if line.peak(longest_tokens) <= budget:
             size = max_tokens or _power_of_two(line.tokens_within(budget), engine.device)
             peak = line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine)
