@@ -204,7 +204,7 @@ MUTANTS = (
     Mutant(
         "24 dropout left on in evaluation",
         "engine/step.py",
-        "    model.eval()\n",
+        "    engine.model.eval()\n",
         "",
         "tests/engine/test_step.py",
     ),
