@@ -66,8 +66,7 @@ def make_plain_model(folder: Path) -> Any:
             # Layers that read one input share a mask.
             if last[0] is not x:
                 last[:] = x, keep_mask(x, DROPOUT)
-            is_kept, share = last[1]
-            return x * is_kept / share
+            return x * last[1] / (1 - DROPOUT)
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     torch.manual_seed(SEED)

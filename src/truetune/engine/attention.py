@@ -197,9 +197,9 @@ class _SegmentAttention(torch.autograd.Function):
             grad_out = core.queries(chunk, grad_NHD, zero_padding=True)
             core.add_keys(chunk, torch.bmm(p.transpose(1, 2), grad_out), into=grad_v_NGD)
             grad_s = torch._softmax_backward_data(torch.bmm(grad_out, v.transpose(1, 2)), p, -1, p.dtype)
-            grad_s = grad_s.mul_(core.scale) if slope is None else grad_s.mul_(slope).mul_(core.scale)
-            core.put_queries(chunk, torch.bmm(grad_s, k), into=grad_q_NHD)
-            core.add_keys(chunk, torch.bmm(grad_s.transpose(1, 2), q), into=grad_k_NGD)
+            grad_s = grad_s if slope is None else grad_s.mul_(slope)
+            core.put_queries(chunk, core.scaled(grad_s, k), into=grad_q_NHD)
+            core.add_keys(chunk, core.scaled(grad_s.transpose(1, 2), q), into=grad_k_NGD)
         return grad_q_NHD[:-1], grad_k_NGD.to(k_NGD.dtype), grad_v_NGD.to(v_NGD.dtype), None
 
 
@@ -242,9 +242,13 @@ class _Core:
         split = x.view(chunk.num_segments, self.num_groups, -1, x.shape[-1]).transpose(1, 2)
         into.flatten(1).index_add_(0, chunk.key_nodes, split.reshape(len(chunk.key_nodes), -1).float())
 
+    def scaled(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return x y * scale, without a pass over memory for the scale."""
+        return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=self.scale)
+
     def probabilities(self, chunk: Chunk, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attention probabilities, and d(capped score)/d(score) where scores are capped."""
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale)
+        scores = self.scaled(q, k.transpose(1, 2))
         slope = None
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
