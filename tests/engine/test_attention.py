@@ -105,13 +105,30 @@ def test_long_segments_go_in_blocks(window: int | None, monkeypatch: pytest.Monk
         monkeypatch.setattr(attention, "CHUNK_SCORES", {"cpu": scores})
         trie = random_trie(3, num_pairs=9, length=70, num_ids=2)
         layout = Layout(trie, HEADS, CPU)
-        assert len(layout.chunks(window)) > 3
+        assert len(layout.parts(window, has_kernel=False)[0]) > 3
         assert_same(trie, window=window)
+
+
+@pytest.mark.parametrize(("window", "num_windowed"), [(None, 0), (60, 0), (45, 1)])
+def test_long_segments_by_the_kernel(window: int | None, num_windowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long and short segments, with and without a shared path; paths past a window stay with the chunks."""
+    monkeypatch.setattr(attention, "MIN_FLASH_QUERIES", 12)
+    lengths = [(0, 40), (25, 20), (25, 3), (36, 20), (0, 5)]
+    ids = [[9, *range(100, 100 + shared), *([n] * own)] for n, (shared, own) in enumerate(lengths)]
+    trie = build_trie([Pair(tuple(some[:1]), tuple(some[1:])) for some in ids])
+    chunks, long_segments = Layout(trie, HEADS, CPU).parts(window, has_kernel=True)
+    written = torch.cat([chunk.written_nodes[chunk.written_nodes < len(trie)] for chunk in chunks])
+    by_kernel = [node for segment in long_segments for node in range(segment.first, segment.stop)]
+    assert sorted([*written.tolist(), *by_kernel]) == list(range(len(trie)))
+    assert any(len(segment.shared_nodes) for segment in long_segments)
+    assert len(long_segments) == 3 - num_windowed
+    assert_same(trie, window=window)
 
 
 def test_every_query_is_in_one_chunk() -> None:
     trie = random_trie(5, num_pairs=30, length=60)
-    written = torch.cat([chunk.written_nodes for chunk in Layout(trie, HEADS, CPU).chunks(None)])
+    chunks, _ = Layout(trie, HEADS, CPU).parts(None, has_kernel=False)
+    written = torch.cat([chunk.written_nodes for chunk in chunks])
     assert sorted(written[written < len(trie)].tolist()) == list(range(len(trie)))
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from truetune.engine import memory
 from truetune.engine.memory import Limits, choose_limits
 from truetune.engine.step import Engine
 from truetune.errors import UserError
 from truetune.model import Base, add_lora, load_base
-from truetune.records import Pair, Row
+from truetune.records import Pair, Row, pairs_of
 
 GIGABYTE = 10**9
 
@@ -89,12 +91,26 @@ def test_pair_that_does_not_fit_is_named(engine: Engine, rows: list[Row], monkey
     assert caught.value.values == {"tokens": 600, "fits": 554}
 
 
+def test_freed_memory_does_not_hide_growth(engine: Engine, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier forward left the heap large; what a token needs is measured all the same."""
+    bytes_per_token = 100_000
+
+    def allocate(_engine: Engine, forward: Any) -> float:
+        pieces = [torch.ones(bytes_per_token // 4) for _ in range(forward.num_tokens)]
+        time.sleep(0.05)
+        return float(len(pieces))
+
+    monkeypatch.setattr(memory, "_run", allocate)
+    pieces = [torch.ones(bytes_per_token // 4) for _ in range(3000)]
+    last = pieces[-1]  # at the end of the heap, which therefore does not shrink
+    del pieces
+    line = memory._measure(engine, pairs_of(rows))
+    assert line.bytes_per_token == pytest.approx(bytes_per_token, rel=0.1)
+    assert len(last)
+
+
 def test_peak_sees_what_was_freed(engine: Engine) -> None:
     """Memory that was taken and given back inside the block counts."""
-    import time
-
-    import torch
-
     before = memory._used_bytes(engine.device)
     with memory.peak_of(engine.device) as peak:
         tensor = torch.ones(50_000_000)

@@ -8,15 +8,16 @@ whole path down to it, so position j of the path is key j, and causal order is a
     segment          ^^^^^          query 8  x x x x x .
                                     query 9  x x x x x x
 
-Segments of like length run together as one batched product (a chunk); long ones are cut into blocks of queries, so that
-memory stays linear in length. The probabilities of long paths are recomputed in the backward, as FlashAttention does
-(arXiv:2205.14135). Plain torch: it serves every device.
+Segments of like length run together as one batched product (a chunk), in plain torch that serves every device. Long
+ones take torch's blocked kernel on a CPU (flash.py); elsewhere, and with windows or soft caps, they are cut into blocks
+of queries whose probabilities are recomputed in the backward, as FlashAttention does (arXiv:2205.14135). Either way
+memory stays linear in length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,6 +28,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from truetune.engine.flash import MIN_FLASH_QUERIES, LongSegment, add_gradients, attend
 from truetune.records import Trie
 
 SEGMENTS, FLEX = "truetune_segments", "truetune_flex"
@@ -74,22 +76,38 @@ class Chunk:
         return is_hidden if window is None else is_hidden | (key_L <= self.last_seen_S1Q1 - window)
 
 
+Parts = tuple[list[Chunk], list[LongSegment]]
+Path = tuple[np.ndarray, int]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The chunks of a trie on a device, for models of `num_heads` heads; made once a forward, used by every layer."""
+    """The parts of a trie on a device, for models of `num_heads` heads; made once a forward, used by every layer."""
 
     trie: Trie
     num_heads: int
     device: torch.device
-    _chunks: dict[int | None, list[Chunk]] = field(default_factory=dict)
+    _parts: dict[tuple[int | None, bool], Parts] = field(default_factory=dict)
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
-    def chunks(self, window: int | None) -> list[Chunk]:
-        """Return the chunks for layers of this window (None: the whole path is seen)."""
-        if window not in self._chunks:
+    def parts(self, window: int | None, *, has_kernel: bool) -> Parts:
+        """Return chunks and long segments for layers of this window (None: the whole path is seen).
+
+        `has_kernel`: whether torch's kernel computes what the layers do.
+        """
+        if (window, has_kernel) not in self._parts:
             most = CHUNK_SCORES.get(self.device.type, GPU_CHUNK_SCORES) // self.num_heads
-            self._chunks[window] = [self._chunk(group) for group in _groups(self.trie, most, window)]
-        return self._chunks[window]
+            short: list[Path] = []
+            long: list[Path] = []
+            for path in self.trie.paths:
+                (long if has_kernel and _is_long(path, window) else short).append(path)
+            chunks = [self._chunk(group) for group in _groups(short, most, window)]
+            segments = [
+                LongSegment(int(nodes[shared]), int(nodes[-1]) + 1, torch.from_numpy(nodes[:shared]))
+                for nodes, shared in long
+            ]
+            self._parts[window, has_kernel] = chunks, segments
+        return self._parts[window, has_kernel]
 
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the same for FlexAttention: a key is seen if it is an ancestor, and within the window."""
@@ -134,23 +152,30 @@ class _Block:
     keys: np.ndarray
 
 
-def _groups(trie: Trie, most_scores: int, window: int | None) -> Iterator[list[_Block]]:
+def _is_long(path: Path, window: int | None) -> bool:
+    """Return whether a path has so many nodes of its own, all seen, that the blocked kernel is faster."""
+    nodes, num_shared = path
+    return len(nodes) - num_shared >= MIN_FLASH_QUERIES and (window is None or len(nodes) <= window)
+
+
+def _groups(paths: Sequence[Path], most_scores: int, window: int | None) -> Iterator[list[_Block]]:
     """Yield blocks of like length together: at most `most_scores` of one head, padding included."""
     group: list[_Block] = []
     longest_keys = 0
-    for block in sorted(_blocks(trie, most_scores, window), key=lambda block: (len(block.keys), block.num_queries)):
+    for block in sorted(_blocks(paths, most_scores, window), key=lambda block: (len(block.keys), block.num_queries)):
         longest_keys = len(block.keys)
         num_queries = max([block.num_queries, *(other.num_queries for other in group)])
         if group and (len(group) + 1) * num_queries * longest_keys > most_scores:
             yield group
             group = []
         group.append(block)
-    yield group
+    if group:
+        yield group
 
 
-def _blocks(trie: Trie, most_scores: int, window: int | None) -> Iterator[_Block]:
-    """Yield the segments of a trie, long ones cut into blocks of queries."""
-    for nodes, num_shared in trie.paths:
+def _blocks(paths: Sequence[Path], most_scores: int, window: int | None) -> Iterator[_Block]:
+    """Yield the segments of paths, long ones cut into blocks of queries."""
+    for nodes, num_shared in paths:
         start = num_shared
         while start < len(nodes):
             # The largest q with q * (start + q) <= most_scores.
@@ -166,10 +191,9 @@ class _SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_NHD: torch.Tensor, k_NGD: torch.Tensor, v_NGD: torch.Tensor, core: _Core) -> torch.Tensor:
-        ctx.save_for_backward(q_NHD, k_NGD, v_NGD)
         ctx.core = core
         out_NHD = q_NHD.new_empty(len(q_NHD) + 1, q_NHD.shape[1], v_NGD.shape[-1])
-        chunks = core.layout.chunks(core.window)
+        chunks, long_segments = core.parts(q_NHD, v_NGD)
         # Kept only where they take no more than the queries do: on paths of up to some hundred tokens, without a cap.
         num_scores = sum(chunk.num_scores for chunk in chunks)
         is_short = core.softcap is None and num_scores <= q_NHD.shape[-1] * KEPT_SCORES * len(q_NHD)
@@ -180,18 +204,25 @@ class _SegmentAttention(torch.autograd.Function):
             core.put_queries(chunk, torch.bmm(p, v), into=out_NHD)
             if is_short:
                 ctx.probabilities.append(p)
+        ctx.log_sums = []
+        for segment in long_segments:
+            out, log_sum = attend(segment, q_NHD, k_NGD, v_NGD, scale=core.scale)
+            out_NHD[segment.first : segment.stop] = out
+            ctx.log_sums.append(log_sum)
+        ctx.save_for_backward(q_NHD, k_NGD, v_NGD, out_NHD[:-1] if long_segments else None)
         return out_NHD[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad_NHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_NHD, k_NGD, v_NGD = ctx.saved_tensors
+        q_NHD, k_NGD, v_NGD, out_NHD = ctx.saved_tensors
         core = ctx.core
+        chunks, long_segments = core.parts(q_NHD, v_NGD)
         grad_q_NHD = q_NHD.new_empty(len(q_NHD) + 1, *q_NHD.shape[1:])
         # A shared key gathers the gradients of all its branches: in fp32, so that none is rounded away.
         grad_k_NGD = torch.zeros(k_NGD.shape, dtype=torch.float32, device=k_NGD.device)
         grad_v_NGD = torch.zeros(v_NGD.shape, dtype=torch.float32, device=v_NGD.device)
         is_kept = bool(ctx.probabilities)
-        for number, chunk in enumerate(core.layout.chunks(core.window)):
+        for number, chunk in enumerate(chunks):
             q, k, v = core.queries(chunk, q_NHD), core.keys(chunk, k_NGD), core.keys(chunk, v_NGD)
             p, slope = (ctx.probabilities[number], None) if is_kept else core.probabilities(chunk, q, k)
             grad_out = core.queries(chunk, grad_NHD, zero_padding=True)
@@ -200,6 +231,10 @@ class _SegmentAttention(torch.autograd.Function):
             grad_s = grad_s if slope is None else grad_s.mul_(slope)
             core.put_queries(chunk, core.scaled(grad_s, k), into=grad_q_NHD)
             core.add_keys(chunk, core.scaled(grad_s.transpose(1, 2), q), into=grad_k_NGD)
+        into = (grad_q_NHD, grad_k_NGD, grad_v_NGD)
+        for segment, log_sum in zip(long_segments, ctx.log_sums, strict=True):
+            results = (out_NHD, grad_NHD, log_sum)
+            add_gradients(segment, (q_NHD, k_NGD, v_NGD), results, scale=core.scale, into=into)
         return grad_q_NHD[:-1], grad_k_NGD.to(k_NGD.dtype), grad_v_NGD.to(v_NGD.dtype), None
 
 
@@ -215,6 +250,11 @@ class _Core:
     scale: float
     softcap: float | None
     num_groups: int
+
+    def parts(self, q_NHD: torch.Tensor, v_NGD: torch.Tensor) -> Parts:
+        """Return what the layer computes: chunks of segments, and long segments."""
+        has_kernel = q_NHD.device.type == "cpu" and self.softcap is None and q_NHD.shape[-1] == v_NGD.shape[-1]
+        return self.layout.parts(self.window, has_kernel=has_kernel)
 
     def queries(self, chunk: Chunk, x_NHD: torch.Tensor, *, zero_padding: bool = False) -> torch.Tensor:
         """Return the rows of a chunk's queries."""

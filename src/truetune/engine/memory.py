@@ -6,12 +6,15 @@ two small forwards are measured, and what larger ones need is read off the line 
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -65,14 +68,15 @@ def choose_limits(
     """
     longest = max(rows, key=lambda row: max(map(len, row.pairs)))
     longest_tokens = max(map(len, longest.pairs))
-    budget = _used_bytes(engine.device) + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
+    used = _used_bytes(engine.device)  # with what the comparison before took and the allocator kept
+    budget = used + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
     choices = [False, True] if is_checkpointed is None else [is_checkpointed]
     for choice in choices:
         set_checkpointing(engine, is_on=choice)
         line = _measure(engine, pairs_of(rows))
         if line.peak(longest_tokens) <= budget:
             size = max_tokens or _power_of_two(line.tokens_within(budget), engine.device)
-            peak = line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine)
+            peak = max(line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine), used)
             return replace(engine, max_tokens=size), Limits(size, choice, peak, line.seconds_per_token)
     fits = max(line.tokens_within(budget), 0)
     raise UserError("pair_too_large", where=longest.where, fix="pair_too_large", tokens=longest_tokens, fits=fits)
@@ -157,6 +161,18 @@ def _least_bytes_per_token(engine: Engine) -> int:
     return int((config.num_hidden_layers + 8) * config.hidden_size * size)
 
 
+def _give_back_freed() -> None:
+    """Return freed memory to the system: what an allocator keeps for itself would hide what comes next.
+
+    C libraries name it differently; where it has neither name, growth within the kept memory is not seen.
+    """
+    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "malloc_trim"):  # glibc
+        library.malloc_trim(0)
+    elif hasattr(library, "malloc_zone_pressure_relief"):  # macOS
+        library.malloc_zone_pressure_relief(None, 0)
+
+
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
     """Give a function that returns, after the block, the most bytes that were in use inside it."""
@@ -164,6 +180,7 @@ def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device))
         return
+    _give_back_freed()
     peaks, is_over = [_used_bytes(device)], threading.Event()
 
     def watch() -> None:
