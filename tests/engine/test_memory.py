@@ -91,6 +91,25 @@ def test_pair_that_does_not_fit_is_named(engine: Engine, rows: list[Row], monkey
     assert caught.value.values == {"tokens": 600, "fits": 554}
 
 
+def test_a_long_pair_is_not_run_to_be_measured(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the one that does not fit: what it needs is read off short forwards, whatever the data."""
+    run: list[int] = []
+
+    def note(_engine: Engine, forward: Any) -> float:
+        run.append(forward.num_tokens)
+        return 1.0
+
+    monkeypatch.setattr(memory, "_run", note)
+    short = [Pair((n, *range(63)), (*range(63), 2)) for n in range(4)]
+    long = [Pair((n, *range(4000)), (*range(4000), 2)) for n in range(3)]
+    for pairs in (short + long, long + short, long, [Pair((1, 2), (*range(9000), 2))]):
+        line = memory._measure(engine, pairs)
+        assert line.tokens == run[-1]
+    assert len(run) == 8
+    assert max(run) < 2 * max(memory.MEASURED_TOKENS)
+    assert all(many > few for few, many in zip(run[::2], run[1::2], strict=True))
+
+
 def test_freed_memory_does_not_hide_growth(engine: Engine, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier forward left the heap large; what a token needs is measured all the same."""
     bytes_per_token = 100_000
@@ -111,8 +130,8 @@ def test_freed_memory_does_not_hide_growth(engine: Engine, rows: list[Row], monk
 
 def test_peak_sees_what_was_freed(engine: Engine) -> None:
     """Memory that was taken and given back inside the block counts."""
-    before = memory._used_bytes(engine.device)
     with memory.peak_of(engine.device) as peak:
+        before = memory._used_bytes(engine.device)
         tensor = torch.ones(50_000_000)
         time.sleep(0.05)
         del tensor

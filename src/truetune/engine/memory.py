@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from truetune.records import Pair, Row, pairs_of
 MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
 MIN_TOKENS = 64
 MEASURED_TOKENS = (256, 512)
+PIECE_TOKENS = 64
 MEMORY_SHARE = 0.85
 """Of the free memory that a run may take; the rest is for other programs and for what the line misses."""
 
@@ -134,13 +136,14 @@ def _measure(engine: Engine, pairs: Sequence[Pair]) -> _Line:
 
 
 def _forward_of(engine: Engine, pairs: Sequence[Pair], tokens: int) -> Forward:
-    """Return a forward of at least `tokens` tokens, or of all pairs if they have fewer."""
-    count = 1
-    while True:
-        forward = make_forwards(replace(engine, max_tokens=1 << 40), pairs[:count])[0]
-        if forward.num_tokens >= tokens or count >= len(pairs):
-            return forward
-        count *= 2
+    """Return a forward of about `tokens` tokens, or of all there are: pieces of the pairs, half of each one learned.
+
+    Never a whole long pair: it may be the one that does not fit.
+    """
+    ids = list(islice((token for pair in pairs for token in pair.prompt_ids + pair.answer_ids), tokens))
+    pieces = [ids[start : start + PIECE_TOKENS] for start in range(0, len(ids), PIECE_TOKENS)]
+    cut = [Pair(tuple(piece[: len(piece) // 2]), tuple(piece[len(piece) // 2 :])) for piece in pieces if len(piece) > 1]
+    return make_forwards(replace(engine, max_tokens=1 << 40), cut)[0]
 
 
 def _run(engine: Engine, forward: Forward) -> float:
