@@ -5,6 +5,7 @@ Precedence: defaults < `--config FILE.yaml` < flags. Every fault is reported at 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from truetune.errors import UserError, UserErrors
 
@@ -31,6 +32,14 @@ def _parse_mapping(value: Any) -> Any:
         return yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _known_encoding(value: str) -> str:
+    """Return the encoding's own name: "GBK" and "gbk" are one."""
+    try:
+        return codecs.lookup(value).name
+    except LookupError:
+        raise ValueError(f"unknown encoding {value!r}") from None
 
 
 def _no_bool(value: Any) -> Any:
@@ -61,6 +70,7 @@ class Config(BaseModel):
     revision: str = "main"
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     data: Words = Field(default_factory=list)
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     eval_data: Words = Field(default_factory=list)
     eval_split: Annotated[Float, Field(ge=0, lt=1)] = 0.05
     system: str | None = None
@@ -69,6 +79,7 @@ class Config(BaseModel):
     chat_template_kwargs: KeywordValues = Field(default_factory=dict)
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     max_length: PositiveInt = 2048
+    overlong: Literal["refuse", "cut_prompt"] = "refuse"
     invalid: Literal["refuse", "skip"] = "refuse"
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None

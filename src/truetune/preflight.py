@@ -47,7 +47,8 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
             template_kwargs=config.chat_template_kwargs,
             date=date,
         )
-        prepared = prepare(config, renderer, lang=console.lang)
+    with console.counting("status.rows") as count:
+        prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
     return Preflight(base, renderer, prepared)
 
 
@@ -60,6 +61,7 @@ def show_report(report: Report, console: Console) -> None:
             ("label.rows_read", f"{report.rows_read:,}"),
             ("label.rows_used", console.text("report.used", used=report.rows_used, held_out=report.rows_held_out)),
             ("label.rows_refused", f"{report.rows_refused:,}"),
+            ("label.formats", ", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "-"),
             ("label.exact_duplicates", f"{report.exact_duplicates:,}"),
             ("label.pairs", f"{report.pairs:,}"),
             ("label.tokens", f"{report.total_tokens:,}"),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 # What changes the numbers shown.
 KEYS = (
-    *("model", "revision", "hub", "eval_data", "eval_split", "system", "input_join", "template"),
-    *("chat_template_kwargs", "train_on", "max_length", "invalid", "batch_size", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+    *("model", "revision", "hub", "encoding", "eval_data", "eval_split", "system", "input_join", "template"),
+    *("chat_template_kwargs", "train_on", "max_length", "overlong", "invalid", "batch_size", "num_train_epochs"),
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
     # What changes time and memory.
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "dtype", "attention", "gradient_checkpointing"),
     *("max_tokens_per_forward", "eval_steps"),
