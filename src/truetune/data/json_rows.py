@@ -241,27 +241,28 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
 
     Raises: UserError if the first line is nothing like a row: then the file is something else.
     """
-    is_first = True
+    number = 0
     while window.rest():
         line = window.line()
         content = line.strip(_WHITESPACE)
-        if is_first and content.startswith("{") and (content == "{" or not content.endswith("}")):
+        if number == 0 and content.startswith("{") and (content == "{" or not content.endswith("}")):
             yield _row_at(window, window.where(), 1)
             window.skip_blank()
             if window.rest():
                 raise _behind(window, "text behind the object")
             return
-        row = _row_of(window.where(), content)
-        if is_first and isinstance(row, RowError) and row.key == "row_not_json" and not content.startswith("{"):
+        number += 1
+        is_last = window.is_end and not window.text[window.position + len(line) :].strip(_WHITESPACE)
+        row = _row_of(window.where(), content, record=number if is_last else None)
+        if number == 1 and isinstance(row, RowError) and row.key == "row_not_json" and not content.startswith("{"):
             raise UserError("data_not_json", where=row.where, fix=row.fix, **row.values)
-        is_first = False
         yield row
         window.position += len(line)
         window.skip_blank()
 
 
-def _row_of(where: str, line: str) -> RawRow | RowError:
-    """Decode one line; a fault in it is the row's."""
+def _row_of(where: str, line: str, *, record: int | None) -> RawRow | RowError:
+    """Decode one line; a fault in it is the row's. `record`: its number if it is the file's last, which may be cut."""
     try:
         return _as_row(where, _STRICT.decode(line))
     except _Duplicate as error:
@@ -271,6 +272,8 @@ def _row_of(where: str, line: str) -> RawRow | RowError:
         at, problem, fix = constant.start(1) if constant else 0, str(error), "row_constant"
     except json.JSONDecodeError as error:
         at, problem, fix = error.pos, error.msg, _fix_of(line, error.pos)
+        if record is not None and _is_cut(line[at:], error):
+            return RowError("data_cut", where=f"{where}:{at + 1}", fix="data_cut", record=record)
     except RecursionError:
         at, problem, fix = 0, "nested too deeply", "data_not_json"
     return RowError("row_not_json", where=f"{where}:{at + 1}", fix=fix, problem=problem, context=_around(line, at))
@@ -292,12 +295,18 @@ def _not_json(window: _Window, error: json.JSONDecodeError | RecursionError, rec
         at, problem = error.pos, error.msg
     # The fault is at the end of the file, or in a last line that nothing closes: the file was cut.
     rest = window.text[at:].rstrip()
-    if not rest or (window.is_end and "\n" not in rest and not rest.endswith(("]", "}"))):
+    if window.is_end and "\n" not in rest and _is_cut(rest, error):
         return UserError("data_cut", where=window.where(at), fix="data_cut", record=record)
     context = _around(window.text, at)
     return UserError(
         "data_not_json", where=window.where(at), fix=_fix_of(window.text, at), problem=problem, context=context
     )
+
+
+def _is_cut(rest: str, error: ValueError | RecursionError) -> bool:
+    """Return whether a file that ends with `rest`, from its fault on, ends too early."""
+    is_behind = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+    return not is_behind and not rest.rstrip().endswith(("]", "}"))
 
 
 def _fix_of(text: str, at: int) -> str:

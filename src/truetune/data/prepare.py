@@ -107,9 +107,8 @@ def split(prompt_hashes: np.ndarray, *, fraction: float, seed: int) -> np.ndarra
     if fraction == 0 or len(prompt_hashes) < MIN_ROWS_TO_HOLD_OUT:
         return is_held_out
     room = min(max(round(fraction * len(prompt_hashes)), MIN_HELD_OUT), MAX_HELD_OUT, len(prompt_hashes) // 2)
-    _, firsts, group_of_row, sizes = np.unique(
-        prompt_hashes, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, firsts, group_of_row = np.unique(prompt_hashes, return_index=True, return_inverse=True)
+    sizes = np.bincount(group_of_row)
     groups = np.argsort(firsts)  # in the order in which their first rows stand
     chosen = []
     for group in groups[np.random.default_rng([seed, 1]).permutation(len(groups))]:

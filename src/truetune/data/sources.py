@@ -171,9 +171,9 @@ def _read_csv(path: Path, stream: IO[bytes], encoding: str, *, delimiter: str) -
     except csv.Error as error:
         raise UserError("data_csv", where=f"{path}:{line}", fix="data_csv", problem=error) from None
     except UnicodeDecodeError as error:
-        where, encoding = f"{path}:{reader.line_num + 1}", encoding.upper()
-        values = {"byte": error.start, "encoding": encoding, "path": str(path)}
-        raise UserError("data_not_utf8", where=where, fix="data_not_utf8", **values) from None
+        where = f"{path}:{reader.line_num + 1}"
+        told = {"byte": error.start, "encoding": encoding.upper(), "path": str(path)}
+        raise UserError("data_not_utf8", where=where, fix="data_not_utf8", **told) from None
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

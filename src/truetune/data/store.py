@@ -32,9 +32,9 @@ SCHEMA = pa.schema(
         ("answer_ids", pa.list_(pa.int32())),
         ("num_template_tokens", pa.int32()),
         ("is_rejected", pa.bool_()),
-        # Of the row, only in its first record: 64 bits of its first prompt, of all its pairs and of its last answer; the
-        # number of its file; whether it brings a system message; JSON of the messages before its last learned turn, and
-        # that turn.
+        # Of the row, only in its first record: 64 bits of its first prompt, of all its pairs and of its last answer;
+        # the number of its file; whether it brings a system message; JSON of the messages before its last learned
+        # turn, and that turn.
         ("prompt_hash", pa.uint64()),
         ("row_hash", pa.uint64()),
         ("answer_hash", pa.uint64()),
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """What of a row is counted over all rows. `source`: number of its file; `has_system`: it brings a system message."""
+    """What is counted over all rows. `source`: number of the row's file; `has_system`: it brings a system message."""
 
     source: int = 0
     has_system: bool = False
@@ -218,20 +218,26 @@ class StoredRows(Sequence[Row]):
         """Return other rows of the same file."""
         return StoredRows(self.path, numbers, file=self._file)
 
-    def records(self) -> np.ndarray:
+    def lengths(self, *columns: int) -> np.ndarray:
+        """Return the tokens of each learned pair of these rows: of the prompt (0), the answer (1), or both together."""
+        found: np.ndarray = self._file.lengths(*columns)[self._learned_records()]
+        return found
+
+    def total(self, name: str) -> int:
+        """Return the sum of a column over all learned pairs of these rows."""
+        return int(self._file.column(name)[self._learned_records()].sum())
+
+    def _records(self) -> np.ndarray:
         """Return the numbers of the records of these rows, in order."""
         starts, stops = self._file.starts[self.numbers], self._file.starts[self.numbers + 1]
         counts = stops - starts
         return np.repeat(starts - np.append(0, counts.cumsum()[:-1]), counts) + np.arange(counts.sum())
 
-    def lengths(self, *columns: int) -> np.ndarray:
-        """Return the tokens of each of these rows' pairs: of the prompt (0), the answer (1), or both together."""
-        found: np.ndarray = self._file.lengths(*columns)[self.records()]
-        return found
-
-    def total(self, name: str) -> int:
-        """Return the sum of a column over all pairs of these rows."""
-        return int(self._file.column(name)[self.records()].sum())
+    def _learned_records(self) -> np.ndarray:
+        """Return those that are no rejected answers."""
+        records = self._records()
+        learned: np.ndarray = records[~self._file.column("is_rejected").astype(bool)[records]]
+        return learned
 
     def of_rows(self, name: str) -> np.ndarray:
         """Return a column that each row has once."""
@@ -256,7 +262,7 @@ class StoredRows(Sequence[Row]):
     def write(self, path: Path) -> None:
         """Write these rows as a file of their own."""
         table = pa.Table.from_batches([batch.batch for batch in self._file.batches], schema=SCHEMA)
-        records = self.records()
+        records = self._records()
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for start in range(0, len(records), BATCH_RECORDS):
                 chosen = table.take(pa.array(records[start : start + BATCH_RECORDS]))

@@ -7,8 +7,8 @@ One renderer gives the prompt that inference sends and the pairs that training l
     rest                                                             Hello<|im_end|>\\n    = full minus prompt
     answer                                                           Hello<|im_end|>      up to the first stop token
 
-Control tokens in the user's own text stay text: they are marked before rendering and encoded apart (encode.py). Rows are
-rendered and encoded many at a time: `render`, `encode`, `finish`.
+Control tokens in the user's own text stay text: they are marked before rendering and encoded apart (encode.py). Rows
+are rendered and encoded many at a time: `render`, `encode`, `finish`.
 """
 
 from __future__ import annotations
@@ -193,8 +193,10 @@ class Renderer:
             added = len(self._with_system(messages)) - len(messages)
             marked = self._encoder.marked(_known(self._with_system(messages)))
             is_last_only = last_turn_only or messages is conversation.rejected
-            for number in targets[-1 if is_last_only else 0 :]:
-                turns.append(_Turn(conversation.where, marked[: number + added + 1], conversation.tools))
+            turns += [
+                _Turn(conversation.where, marked[: number + added + 1], conversation.tools)
+                for number in targets[-1 if is_last_only else 0 :]
+            ]
         return turns
 
     def _texts(self, turns: Sequence[_Turn]) -> list[tuple[str, str] | Exception]:
@@ -315,7 +317,7 @@ def _num_given_tokens(encoder: Encoder, draft: Draft, rest: Encoded, text: str) 
 
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """End the block with a ValueError after some time. Only the main thread can be interrupted so; elsewhere no limit."""
+    """End the block with a ValueError after some time. Only the main thread can be interrupted; elsewhere no limit."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

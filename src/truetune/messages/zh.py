@@ -94,7 +94,7 @@ TEXTS = {
     "diagnosis.overlap": "有 {count} 条留出样本的提示也在训练样本里，它们的损失说明不了什么。",
     "diagnosis.one_row": "只有一条样本，模型会照背。",
     "diagnosis.template_share": "学习的 token 中有 {share:.0%} 是模板写的，会让损失和困惑度显得更好。",
-    "diagnosis.system_missing": "{share:.0%} 的样本没有系统提示，其余的有。请用 --system 给出，否则等于混着训练两个模型。",
+    "diagnosis.system_missing": "{share:.0%} 的样本没有系统提示，其余的有。请用 --system 给出。",
     "diagnosis.answers_alike": "{share:.0%} 的回答是同一段文字，模型会倾向于总是这样回答。",
     "diagnosis.other_answers": "有 {count} 条样本的提示在别的样本里有不同的回答，模型学到的是它们的混合。",
     "diagnosis.no_held_out": "没有留出样本，无法看出是学会了还是背下来了。",
