@@ -19,9 +19,11 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {"messages.en", "messages.zh"},
+    "messages": {"messages.en", "messages.en_faults", "messages.zh", "messages.zh_faults"},
     "messages.en": set(),
+    "messages.en_faults": set(),
     "messages.zh": set(),
+    "messages.zh_faults": set(),
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -60,7 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"records", "engine.*", "generate"},
     "identity": {"errors", "records", "rundir", "data.template"},
     "trackers": {"errors", "config"},
-    "preflight": {"errors", "config", "console", "records", "model", "data.*"},
+    "preflight": {"errors", "config", "console", "messages", "records", "model", "data.*"},
+    "page": {"config", "messages", "preflight", "rundir"},
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
     },

@@ -39,6 +39,7 @@ def command(lang: str) -> click.Command:
         config_file: str | None,
         show: str | None,
         json_file: str | None,
+        html_file: str | None,
         measure: bool,
         **values: Any,
     ) -> int:
@@ -59,7 +60,11 @@ def command(lang: str) -> click.Command:
             require_usable(report, skip_invalid=settings.config.invalid == "skip")
             facts |= _measure(settings, flight, console)
         if json_file:
-            _write_json(Path(json_file), facts)
+            _write_json(_checked_path(json_file), facts)
+        if html_file:
+            from truetune.page import write_page
+
+            write_page(_checked_path(html_file), settings.config, flight, lang=lang)
         return 2 if report.rows_refused else 0
 
     return click.Command(
@@ -71,6 +76,7 @@ def command(lang: str) -> click.Command:
             click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
             click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
+            click.Option(["--html", "html_file"], metavar="FILE", help=text("help.html", lang)),
             *config_options(lang, KEYS),
         ],
     )
@@ -122,9 +128,18 @@ def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None
             console.pair_view(flight.renderer.tokenizer, pair)
 
 
+def _checked_path(name: str) -> Path:
+    """Return where to write a file.
+
+    Raises: UserError if its folder does not exist.
+    """
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
+    return path
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     from truetune.rundir import to_json, write_atomic
 
-    if not path.parent.is_dir():
-        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
     write_atomic(path, to_json(values, indent=2) + "\n")
