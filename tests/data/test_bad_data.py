@@ -1,7 +1,7 @@
 """Bad data, case by case: what a file or a row must be answered, and that good rows beside it stay as they are.
 
-The numbers are those of the project's list of bad input: D1 to D30 files and JSON, D31 to D35 lengths and repeats, D36 to
-D46 turns and texts, D47 to D52 kinds of files and sizes.
+The numbers are those of the project's list of bad input: D1 to D30 files and JSON, D31 to D35 lengths and repeats,
+D36 to D46 turns and texts, D47 to D52 kinds of files and sizes.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def test_repeats_are_counted(renderer: Renderer, tmp_path: Path) -> None:
     rows = [GOOD, GOOD, GOOD | {"output": "Bye."}, {"instruction": "Ho", "output": "Hm."}]
     path, held_out = tmp_path / "rows.json", tmp_path / "held_out.json"
     path.write_text(_dumps(rows))
-    held_out.write_text(_dumps(rows[2:] + [{"instruction": "new", "output": "x"}]))
+    held_out.write_text(_dumps([*rows[2:], {"instruction": "new", "output": "x"}]))
     report = _prepare(path, renderer).report
     assert (report.exact_duplicates, report.other_answers, report.rows_overlapping) == (1, 3, 0)
     report = _prepare(path, renderer, eval_data=[str(held_out)]).report

@@ -523,9 +523,7 @@ def test_what_matters_is_rendered_again(mixed: Path, renderer: Renderer, monkeyp
 
 
 @pytest.mark.parametrize("size", [1, 3, 512])
-def test_batches_change_nothing(
-    size: int, mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_change_nothing(size: int, mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _prepare(mixed, renderer)
     monkeypatch.setattr(prepare_module, "BATCH_ROWS", size)
     monkeypatch.setattr(prepare_module, "STORE_VERSION", -size)

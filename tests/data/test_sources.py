@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from truetune.data import sources
-from truetune.data.sources import find_files, read_rows
+from truetune.data.sources import Source, read_rows
 from truetune.errors import UserError
 from truetune.records import RawRow
 
@@ -29,13 +29,17 @@ ROWS = [
 ]
 
 
+def find_files(names: list[str]) -> list[Path]:
+    return [source.path for source in sources.find_files(names)]
+
+
 def _values(path: Path, **more: Any) -> list[Any]:
-    return [row.value if isinstance(row, RawRow) else row.key for row in read_rows(path, **more)]
+    return [row.value if isinstance(row, RawRow) else row.key for row in read_rows(Source(path), **more)]
 
 
 def _fault(path: Path, **more: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        list(read_rows(path, **more))
+        list(read_rows(Source(path), **more))
     return caught.value
 
 
@@ -87,9 +91,9 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
 def test_rows_of_a_csv_know_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     write(path)
-    assert [row.where for row in read_rows(path)] == [f"{path}:{line}" for line in (2, 3, 5, 6)]
+    assert [row.where for row in read_rows(Source(path))] == [f"{path}:{line}" for line in (2, 3, 5, 6)]
     path.write_text("a,b\n1,2\n\n3\n4,5,6\n7,8\n")
-    rows = list(read_rows(path))
+    rows = list(read_rows(Source(path)))
     assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
     assert [getattr(row, "key", None) for row in rows] == [None, "row_csv_fields", "row_csv_fields", None]
 
@@ -98,7 +102,7 @@ def test_null_of_a_parquet_file_is_no_value(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.Table.from_pylist([{"a": "x", "b": None}, {"a": None, "b": "y"}]), str(path))
     assert _values(path) == [{"a": "x"}, {"b": "y"}]
-    assert [row.where for row in read_rows(path)] == [f"{path}:1", f"{path}:2"]
+    assert [row.where for row in read_rows(Source(path))] == [f"{path}:1", f"{path}:2"]
 
 
 BAD_FILES: dict[str, tuple[bytes, str, str]] = {
@@ -146,7 +150,7 @@ def test_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     """D51."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(_lines())
-    rows = read_rows(path)
+    rows = read_rows(Source(path))
     next(rows)
     with path.open("ab") as stream:
         stream.write(_lines())
@@ -210,7 +214,6 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
         find_files([str(tmp_path / "train.json"), str(tmp_path / name)])
     filled = {name: value.format(tmp_path.resolve()) for name, value in values.items()}
     assert_fault(caught.value, key, where=str(tmp_path / name), fix=fix, **filled)
-
 
 
 def test_every_fault_of_the_module_is_met_above() -> None:

@@ -22,7 +22,7 @@ from truetune.data.encode import Encoded
 from truetune.data.formats import format_of, ignored_keys, to_conversation
 from truetune.data.lengths import check_lengths, cut_prompts
 from truetune.data.report import make_report
-from truetune.data.sources import find_files, read_rows
+from truetune.data.sources import Source, find_files, read_rows
 from truetune.data.store import RowFacts, RowWriter, StoredRows
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
 from truetune.data.turns import is_target
@@ -121,7 +121,7 @@ def split(prompt_hashes: np.ndarray, *, fraction: float, seed: int) -> np.ndarra
 
 
 def _stored(
-    files: Sequence[Path], config: Config, renderer: Renderer, on_progress: Progress
+    files: Sequence[Source], config: Config, renderer: Renderer, on_progress: Progress
 ) -> tuple[StoredRows, Tally]:
     """Return the prepared rows of the files: those of an earlier time if nothing that matters has changed since."""
     folder = cache_dir() / "prepared"
@@ -146,19 +146,19 @@ def _prune(folder: Path, *, keep: Path) -> None:
         path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _cache_key(files: Sequence[Path], config: Config, renderer: Renderer) -> str:
+def _cache_key(files: Sequence[Source], config: Config, renderer: Renderer) -> str:
     """Return the hash of all that the prepared rows depend on: data, tokenizer, template, keys."""
     keys = {name: getattr(config, name) for name in DATA_KEYS}
     told = [
         STORE_VERSION,
-        [str(file) for file in files],
+        [repr(file) for file in files],
         keys,
         renderer.chat_template,
         renderer.stop_ids,
         renderer.date,
     ]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    digest.update(hash_files(files).encode())
+    digest.update(hash_files(file.path for file in files).encode())
     digest.update(renderer.tokenizer_hash.encode())
     return digest.hexdigest()[:32]
 
@@ -174,7 +174,7 @@ class _Batch:
 
 
 def _prepare_rows(
-    files: Sequence[Path], config: Config, renderer: Renderer, *, writer: RowWriter, on_progress: Progress
+    files: Sequence[Source], config: Config, renderer: Renderer, *, writer: RowWriter, on_progress: Progress
 ) -> Tally:
     tally = Tally()
     raws = ((source, raw) for source, file in enumerate(files) for raw in _one_shape(file, config.encoding))
@@ -191,7 +191,7 @@ def _prepare_rows(
     return tally
 
 
-def _one_shape(file: Path, encoding: str) -> Iterator[RawRow | RowError]:
+def _one_shape(file: Source, encoding: str) -> Iterator[RawRow | RowError]:
     """Yield the rows of a file; a recognised row of another format than the first one is refused."""
     first = None
     for raw in read_rows(file, encoding=encoding):

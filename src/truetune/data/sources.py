@@ -6,12 +6,14 @@ import csv
 import io
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
+from truetune.data.dataset_info import FILE_NAME, Names, read_info
 from truetune.data.json_rows import read_json
 from truetune.errors import RowError, UserError
 from truetune.records import RawRow
@@ -33,25 +35,40 @@ MAX_EXPANSION, MIN_EXPANDED = 1000, 1 << 30
 MAX_FIELD_CHARS = 100_000_000
 
 
-def find_files(names: list[str]) -> list[Path]:
+@dataclass(frozen=True)
+class Source:
+    """A file of rows. `names`: how its rows' names become known ones, where a dataset_info.json says so."""
+
+    path: Path
+    names: Names | None = None
+
+
+def find_files(names: list[str]) -> list[Source]:
     """Return the data files that `names` mean; a folder means the data files in it, sorted.
+
+    `dataset_info.json` means the files that it describes, `dataset_info.json:NAME` one of them.
 
     Raises: UserError if a name does not exist, is no regular file, or a folder holds no data file.
     """
-    files: list[Path] = []
+    files: list[Source] = []
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if _kind(file) in SUFFIXES and file.is_file())
+        info, _, chosen = name.partition(f"{FILE_NAME}:")
+        if path.name == FILE_NAME or chosen:
+            described = Path(info).expanduser() / FILE_NAME if chosen else path
+            files += [Source(*found) for found in read_info(described, chosen or None)]
+        elif path.is_dir():
+            known = (file for file in path.iterdir() if _kind(file) in SUFFIXES and file.name != FILE_NAME)
+            found = sorted(file for file in known if file.is_file())
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
-            files += found
+            files += map(Source, found)
         elif not path.exists():
             raise _missing(path)
         elif not path.is_file():
             raise UserError("data_not_file", where=name, fix="data_not_file")
         else:
-            files.append(path)
+            files.append(Source(path))
     return files
 
 
@@ -75,11 +92,17 @@ def _missing(path: Path) -> UserError:
     return UserError("data_missing", where=str(path), fix="data_missing", folder=str(path.parent.resolve()))
 
 
-def read_rows(path: Path, *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
+def read_rows(source: Source, *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
     """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, Parquet; the first three compressed, too.
 
     Raises: UserError if the file as a whole cannot be read, or changes while it is read.
     """
+    names = source.names
+    for row in _read_file(source.path, encoding):
+        yield row if names is None or isinstance(row, RowError) else RawRow(row.where, names.known(row.value))
+
+
+def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
     before = _state(path)
     kind = _kind(path)
     if kind in REFUSED_SUFFIXES:
