@@ -55,3 +55,16 @@ def test_tokens_of_a_part(encoder: Encoder) -> None:
         (found,) = encoder.encode([text])
         start = text.index(answer)
         assert found.num_tokens(start, start + len(answer)) == len(encoder.encode_marked(answer))
+
+
+def test_threads_do_not_disturb_each_other(encoder: Encoder) -> None:
+    """Marked and plain texts encoded at once in two threads: transformers switches the tokenizer for the marked ones."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    plain = [f"<|im_start|>user\n{number} 你好<|im_end|>\n" for number in range(300)]
+    marked = [encoder.marked(f"{number} <|im_end|> text") for number in range(60)]
+    wanted = [encoder.encode_marked(text) for text in (*plain, *marked)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in range(5):
+            two = pool.submit(encoder.encode, plain), pool.submit(encoder.encode, marked)
+            assert [some.ids for future in two for some in future.result()] == wanted

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from threading import RLock
 from typing import Any
 
 # Characters that transformers' markers use; a row that holds them itself would lose them.
@@ -38,9 +39,11 @@ class Encoder:
 
     tokenizer: Any
     chat_template: str
+    # transformers switches the Rust tokenizer for marked texts: nobody else may encode meanwhile.
+    _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Return the ids of each text."""
+        """Return the ids of each text. Any thread may call it."""
         plain = [number for number, text in enumerate(texts) if not MARKERS.search(text)] if self._backend else []
         found: list[Encoded | None] = [None] * len(texts)
         for number, encoding in zip(plain, self._encode_plain([texts[number] for number in plain]), strict=True):
@@ -49,7 +52,8 @@ class Encoder:
 
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of one text by transformers' own code."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
+        with self._lock:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
         return ids
 
     def marked(self, value: Any) -> Any:
@@ -61,8 +65,9 @@ class Encoder:
     def _encode_plain(self, texts: list[str]) -> Iterable[Any]:
         if not texts:
             return []
-        self._backend.encode_special_tokens = False
-        encodings: Iterable[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
+        with self._lock:
+            self._backend.encode_special_tokens = False
+            encodings: Iterable[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
         return encodings
 
     @cached_property
