@@ -147,10 +147,13 @@ class Renderer:
         """Return the texts of each conversation's pairs, or why the template cannot show them."""
         jobs = [self._turns(conversation, last_turn_only=last_turn_only) for conversation in conversations]
         # One call of the template's library for all rows without tools: the call costs as much as several rows.
-        plain = [turn for job in jobs for turn in job if turn.tools is None]
+        plain = [turn for job in jobs if not isinstance(job, RowError) for turn in job if turn.tools is None]
         shown = dict(zip(map(id, plain), self._texts(plain), strict=True))
         results: list[list[Draft] | RowError] = []
         for conversation, job in zip(conversations, jobs, strict=True):
+            if isinstance(job, RowError):
+                results.append(job)
+                continue
             try:
                 drafts = [self._draft(turn, shown.get(id(turn)) or self._texts([turn])[0]) for turn in job]
                 results.append(drafts if conversation.text is None else [self._whole(conversation.text)])
@@ -185,8 +188,11 @@ class Renderer:
             return list(messages)
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _turns(self, conversation: Conversation, *, last_turn_only: bool) -> list[_Turn]:
+    def _turns(self, conversation: Conversation, *, last_turn_only: bool) -> list[_Turn] | RowError:
         """Return the turns that are learned; behind them, of a preference pair, the rejected answer."""
+        said = [str(value) for message in conversation.messages for value in message.values()]
+        if any(map(MARKERS.search, [*said, conversation.text or ""])):
+            return RowError("row_private_character", where=conversation.where, fix="row_bad_character")
         turns: list[_Turn] = []
         for messages in filter(None, (conversation.messages, conversation.rejected)):
             targets = [number for number, message in enumerate(messages) if is_target(message)]
