@@ -54,6 +54,7 @@ KeywordValues = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
 AutoInt = Literal["auto"] | PositiveInt
 
 
@@ -70,6 +71,7 @@ class Config(BaseModel):
     revision: str = "main"
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     data: Words = Field(default_factory=list)
+    data_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_words)] = Field(default_factory=list)
     encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     eval_data: Words = Field(default_factory=list)
     eval_split: Annotated[Float, Field(ge=0, lt=1)] = 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_tokens_of_a_part(encoder: Encoder) -> None:
 
 
 def test_threads_do_not_disturb_each_other(encoder: Encoder) -> None:
-    """Marked and plain texts encoded at once in two threads: transformers switches the tokenizer for the marked ones."""
+    """Marked and plain texts at once in two threads: transformers switches the tokenizer for the marked ones."""
     from concurrent.futures import ThreadPoolExecutor
 
     plain = [f"<|im_start|>user\n{number} 你好<|im_end|>\n" for number in range(300)]
@@ -68,3 +69,14 @@ def test_threads_do_not_disturb_each_other(encoder: Encoder) -> None:
         for _ in range(5):
             two = pool.submit(encoder.encode, plain), pool.submit(encoder.encode, marked)
             assert [some.ids for future in two for some in future.result()] == wanted
+
+
+def test_no_second_bos(small_tokenizer: Callable[..., Any]) -> None:
+    """A tokenizer that adds its BOS to every text adds none to what a template rendered."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = small_tokenizer("<s>{{ messages[0]['content'] }}")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    assert tokenizer("a")["input_ids"][0] == 256
+    (found,) = Encoder(tokenizer, tokenizer.chat_template).encode(["<s>a"])
+    assert found.ids.count(256) == 1

@@ -79,7 +79,8 @@ SHAPES = {
         appends_stop=True,
     ),
     "QwQ": Shape(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}<im>assistant\n{{ m['content'].split('</think>')[-1] }}</im>\n"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "<im>assistant\n{{ m['content'].split('</think>')[-1] }}</im>\n"
         "{% else %}<im>{{ m['role'] }}\n{{ m['content'] }}</im>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<im>assistant\n<think>\n{% endif %}",
         ("</im>",),

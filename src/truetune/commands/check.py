@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
 # What changes the numbers shown.
 KEYS = (
-    *("model", "revision", "hub", "encoding", "eval_data", "eval_split", "system", "input_join", "template"),
+    *(
+        "model",
+        "revision",
+        "hub",
+        "data_weights",
+        "encoding",
+        "eval_data",
+        "eval_split",
+        "system",
+        "input_join",
+        "template",
+    ),
     *("chat_template_kwargs", "train_on", "max_length", "overlong", "invalid", "batch_size", "num_train_epochs"),
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
     # What changes time and memory.

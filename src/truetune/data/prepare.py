@@ -26,7 +26,8 @@ from truetune.data.sources import Source, find_files, read_rows
 from truetune.data.store import RowFacts, RowWriter, StoredRows
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
 from truetune.data.turns import is_target
-from truetune.errors import RowError
+from truetune.engine.order import Mix
+from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Pair, RawRow, Report, Row
 
 MIN_HELD_OUT, MAX_HELD_OUT = 8, 500
@@ -51,12 +52,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train on, rows held out, and the report about both."""
+    """Rows to train on, rows held out, and the report about both. `mix`: how often which rows come, if not once."""
 
     train: StoredRows
     held_out: StoredRows
     report: Report
     data_hash: str
+    mix: Mix | None = None
 
 
 @dataclass
@@ -88,17 +90,21 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress
 
     Raises: UserError if a file as a whole cannot be read. Refused rows are in the report, none is dropped silently.
     """
-    files, held_out_files = find_files(config.data), find_files(config.eval_data)
-    rows, tally = _stored([*files, *held_out_files], config, renderer, on_progress or (lambda _: None))
-    is_held_out = rows.of_rows("source") >= len(files)
-    if not held_out_files:
+    if config.data_weights and len(config.data_weights) != len(config.data):
+        counts = {"weights": len(config.data_weights), "names": len(config.data)}
+        raise UserError("data_weights", where="data_weights", fix="data_weights", **counts)
+    files = find_files([*config.data, *config.eval_data])
+    rows, tally = _stored(files, config, renderer, on_progress or (lambda _: None))
+    is_held_out = rows.of_rows("source") >= len(config.data)
+    if not config.eval_data:
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
     train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
-    report = make_report(config, renderer, tally, sides=(train, held_out), lang=lang)
+    mix = Mix(train.of_rows("source"), tuple(config.data_weights)) if config.data_weights else None
+    report = make_report(config, renderer, tally, sides=(train, held_out), mix=mix, lang=lang)
     digest = hashlib.sha256()
     for side in (train, held_out):
         side.update_hash(digest)
-    return Prepared(train, held_out, report, digest.hexdigest())
+    return Prepared(train, held_out, report, digest.hexdigest(), mix)
 
 
 def split(prompt_hashes: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
@@ -177,7 +183,7 @@ def _prepare_rows(
     files: Sequence[Source], config: Config, renderer: Renderer, *, writer: RowWriter, on_progress: Progress
 ) -> Tally:
     tally = Tally()
-    raws = ((source, raw) for source, file in enumerate(files) for raw in _one_shape(file, config.encoding))
+    raws = ((file.entry, raw) for file in files for raw in _one_shape(file, config.encoding))
     with ThreadPoolExecutor(max_workers=1) as encoder:
         underway: deque[_Batch] = deque()
         while some := list(islice(raws, BATCH_ROWS)):

@@ -11,7 +11,7 @@ import numpy as np
 from truetune.config import Config
 from truetune.data.store import StoredRows
 from truetune.data.template import Renderer
-from truetune.engine.order import epoch_batches
+from truetune.engine.order import Mix, epoch_batches
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import RowError
 from truetune.messages import text
@@ -30,10 +30,12 @@ SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
 
 
-def make_report(config: Config, renderer: Renderer, tally: Tally, *, sides: Sides, lang: str) -> Report:
+def make_report(
+    config: Config, renderer: Renderer, tally: Tally, *, sides: Sides, mix: Mix | None, lang: str
+) -> Report:
     """Return the report on rows to train on and rows held out."""
     train, held_out = sides
-    steps = num_steps(config, len(train))
+    steps = num_steps(config, len(train) if mix is None else len(mix))
     lengths = np.concatenate([side.lengths(0, 1) for side in sides])
     rows, prompts = (np.concatenate([side.of_rows(name) for side in sides]) for name in ("row_hash", "prompt_hash"))
     counts: dict[str, Any] = {
@@ -54,7 +56,7 @@ def make_report(config: Config, renderer: Renderer, tally: Tally, *, sides: Side
         rows_used=len(train) + len(held_out),
         rows_refused=len(tally.refused),
         refused=[as_refusal(error, lang) for error in tally.refused],
-        trie_tokens=_count_trie_tokens(train, held_out, config),
+        trie_tokens=_count_trie_tokens(config, sides, mix),
         rows_held_out=len(held_out),
         quantiles=quantiles,
         formats=dict(tally.formats),
@@ -85,9 +87,10 @@ def _num_other_answers(prompts: np.ndarray, rows: np.ndarray) -> int:
     return int(np.isin(prompts, found[counts > 1]).sum())
 
 
-def _count_trie_tokens(train: StoredRows, held_out: StoredRows, config: Config) -> int:
+def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     """Count common prefixes once in each step of the first epoch, and in the held-out rows."""
-    steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0)
+    train, held_out = sides
+    steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0, mix=mix)
     batches = [train.chosen(train.numbers[step]) for step in steps] + [held_out]
     return sum(count_trie_tokens(pairs_of(batch)) for batch in batches)
 

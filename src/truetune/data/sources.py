@@ -37,10 +37,14 @@ MAX_FIELD_CHARS = 100_000_000
 
 @dataclass(frozen=True)
 class Source:
-    """A file of rows. `names`: how its rows' names become known ones, where a dataset_info.json says so."""
+    """A file of rows. `entry`: the place, among the names given, of the one that means it.
+
+    `names`: how its rows' names become known ones, where a dataset_info.json says so.
+    """
 
     path: Path
     names: Names | None = None
+    entry: int = 0
 
 
 def find_files(names: list[str]) -> list[Source]:
@@ -51,24 +55,24 @@ def find_files(names: list[str]) -> list[Source]:
     Raises: UserError if a name does not exist, is no regular file, or a folder holds no data file.
     """
     files: list[Source] = []
-    for name in names:
+    for entry, name in enumerate(names):
         path = Path(name).expanduser()
         info, _, chosen = name.partition(f"{FILE_NAME}:")
         if path.name == FILE_NAME or chosen:
             described = Path(info).expanduser() / FILE_NAME if chosen else path
-            files += [Source(*found) for found in read_info(described, chosen or None)]
+            files += [Source(*found, entry) for found in read_info(described, chosen or None)]
         elif path.is_dir():
             known = (file for file in path.iterdir() if _kind(file) in SUFFIXES and file.name != FILE_NAME)
             found = sorted(file for file in known if file.is_file())
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
-            files += map(Source, found)
+            files += [Source(file, entry=entry) for file in found]
         elif not path.exists():
             raise _missing(path)
         elif not path.is_file():
             raise UserError("data_not_file", where=name, fix="data_not_file")
         else:
-            files.append(Source(path))
+            files.append(Source(path, entry=entry))
     return files
 
 

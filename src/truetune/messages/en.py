@@ -28,6 +28,7 @@ TEXTS = {
     "field.hub": "Where hub ids are looked up: huggingface or modelscope.",
     "field.data": "Data files or folders: JSON or JSONL, alpaca or messages rows.",
     "field.eval_data": "Files to evaluate on; otherwise eval_split holds rows out.",
+    "field.data_weights": "How often the rows of each data name come in an epoch: 0.5, 1, 2 …; once each if not given.",
     "field.encoding": "Encoding of the data files; never guessed.",
     "field.eval_split": "Share of rows held out (at least 8 rows, at most 500; 0: none).",
     "field.system": "System prompt for rows without one; used again by chat.",

@@ -70,6 +70,8 @@ TEXTS = {
     "error.data_csv_header": "the first line is no header of different column names: {found}",
     "fix.data_csv_header": "Name the columns in the first line, for example instruction,input,output.",
     "fix.data_csv_semicolon": "The columns seem to be divided by semicolons; save the file with commas.",
+    "error.data_weights": "{weights} weights for {names} data names",
+    "fix.data_weights": "Give one weight for each, in their order.",
     "error.data_info": "no description of data sets: {problem}",
     "fix.data_info": "It must be a JSON object of entries with file_name, as LLaMA-Factory reads it.",
     "error.data_info_name": "no such data set",

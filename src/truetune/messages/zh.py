@@ -28,6 +28,7 @@ TEXTS = {
     "field.hub": "hub 名称从哪里找：huggingface 或 modelscope。",
     "field.data": "数据文件或文件夹：JSON 或 JSONL，alpaca 或 messages 格式。",
     "field.eval_data": "评估用的文件；不给则由 eval_split 留出样本。",
+    "field.data_weights": "每个数据的样本在一轮里出现几次：0.5、1、2…；不给则各一次。",
     "field.encoding": "数据文件的编码；从不猜测。",
     "field.eval_split": "留出样本的比例（至少 8 条，至多 500 条；0 为不留）。",
     "field.system": "给没有系统提示词的样本用；对话时同样使用。",

@@ -70,6 +70,8 @@ TEXTS = {
     "error.data_csv_header": "第一行不是由不同列名组成的表头：{found}",
     "fix.data_csv_header": "请在第一行写列名，例如 instruction,input,output。",
     "fix.data_csv_semicolon": "各列似乎以分号分隔；请改用逗号保存。",
+    "error.data_weights": "{names} 个数据名给了 {weights} 个权重",
+    "fix.data_weights": "请按顺序给每个数据一个权重。",
     "error.data_info": "不是数据集说明：{problem}",
     "fix.data_info": "应是 JSON 对象，每项带 file_name，与 LLaMA-Factory 的写法相同。",
     "error.data_info_name": "没有这个数据集",
