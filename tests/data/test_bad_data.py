@@ -164,17 +164,14 @@ def test_row_that_cannot_be_used(case: str, renderer: Renderer, tmp_path: Path) 
     assert report.refused[0].reason.startswith(shape.split("\0")[0])
 
 
-class _Blanks(dict[str, Any]):
-    """Fills every name of a text with a mark."""
+class _Blanks:
+    """Fills every brace of a text with a mark; no dict, whose keys `**` would copy without asking."""
 
-    def __missing__(self, name: str) -> str:
-        return "\0"
-
-    def keys(self) -> Any:
+    def keys(self) -> list[str]:
         names = "name kind found problem context length prompt answer max_length rest record role expected count"
         return [*names.split(), "roles", "near", "number", "tool", "known", "first"]
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> str:
         return "\0"
 
 

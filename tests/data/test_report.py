@@ -101,14 +101,14 @@ def test_diagnosis(case: str, check: Check) -> None:
     assert len(report.diagnosis) == len(found)
 
 
-class _Anything(dict[str, Any]):
-    """Fills each brace of a text with a mark, whatever its format."""
+class _Anything:
+    """Fills each brace of a text with a mark, whatever its format; no dict, whose keys `**` would copy."""
 
     class _Mark:
         def __format__(self, _spec: str) -> str:
             return "\0"
 
-    def keys(self) -> Any:
+    def keys(self) -> list[str]:
         return ["steps", "rate", "count", "share"]
 
     def __getitem__(self, _name: str) -> Any:
