@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "data.json_rows": {"errors", "records"},
     "data.dataset_info": {"errors"},
-    "data.sources": {"errors", "records", "data.dataset_info", "data.json_rows"},
+    "data.sources": {"errors", "records", "hub", "data.dataset_info", "data.json_rows"},
     "data.turns": {"errors", "records", "data.json_rows"},
     "data.formats": {"records", "data.turns"},
     "data.encode": set(),

@@ -93,7 +93,7 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress
     if config.data_weights and len(config.data_weights) != len(config.data):
         counts = {"weights": len(config.data_weights), "names": len(config.data)}
         raise UserError("data_weights", where="data_weights", fix="data_weights", **counts)
-    files = find_files([*config.data, *config.eval_data])
+    files = find_files([*config.data, *config.eval_data], hub=config.hub)
     rows, tally = _stored(files, config, renderer, on_progress or (lambda _: None))
     is_held_out = rows.of_rows("source") >= len(config.data)
     if not config.eval_data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pyarrow as pa
 from truetune.data.dataset_info import FILE_NAME, Names, read_info
 from truetune.data.json_rows import read_json
 from truetune.errors import RowError, UserError
+from truetune.hub import fetch
 from truetune.records import RawRow
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -32,6 +34,8 @@ REFUSED_SUFFIXES = {
 MAX_EXPANSION, MIN_EXPANDED = 1000, 1 << 30
 """A compressed file that grows beyond both is taken for a bomb."""
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HELD_OUT = re.compile(r"test|valid|dev|eval", re.IGNORECASE)
 MAX_FIELD_CHARS = 100_000_000
 
 
@@ -47,10 +51,11 @@ class Source:
     entry: int = 0
 
 
-def find_files(names: list[str]) -> list[Source]:
+def find_files(names: list[str], *, hub: str = "huggingface") -> list[Source]:
     """Return the data files that `names` mean; a folder means the data files in it, sorted.
 
-    `dataset_info.json` means the files that it describes, `dataset_info.json:NAME` one of them.
+    `dataset_info.json` means the files that it describes, `dataset_info.json:NAME` one of them; `owner/name` the
+    training files of a data set on a hub, `owner/name:SPLIT` those with SPLIT in their names.
 
     Raises: UserError if a name does not exist, is no regular file, or a folder holds no data file.
     """
@@ -67,6 +72,8 @@ def find_files(names: list[str]) -> list[Source]:
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
             files += [Source(file, entry=entry) for file in found]
+        elif not path.exists() and _is_hub_id(name):
+            files += [Source(file, entry=entry) for file in _hub_files(name, hub)]
         elif not path.exists():
             raise _missing(path)
         elif not path.is_file():
@@ -74,6 +81,33 @@ def find_files(names: list[str]) -> list[Source]:
         else:
             files.append(Source(path, entry=entry))
     return files
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a name looks like owner/name of a hub and like no path.
+
+    >>> [_is_hub_id(name) for name in ("tatsu-lab/alpaca", "a/b:test", "data/rows.json", "src/truetune")]
+    [True, True, False, False]
+    """
+    path = Path(name)
+    return bool(HUB_ID.fullmatch(name)) and _kind(path) not in SUFFIXES and not path.parent.is_dir()
+
+
+def _hub_files(name: str, hub: str) -> list[Path]:
+    """Download a data set and return the files of the split that is asked for, else its training files, else all.
+
+    Raises: UserError if there are none; a held-out split is never trained because there is no other.
+    """
+    owner, _, split = name.partition(":")
+    folder = fetch(owner, revision="main", hub=hub, kind="dataset")
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
+    names = {file: file.relative_to(folder).as_posix() for file in found}
+    chosen = [file for file in found if (split or "train") in names[file]]
+    if not split and not chosen:
+        chosen = [file for file in found if not HELD_OUT.search(names[file])]
+    if not chosen:
+        raise UserError("data_hub_files", where=name, fix="data_hub_files", names=", ".join(names.values()) or "-")
+    return chosen
 
 
 def _kind(path: Path) -> str:
