@@ -62,13 +62,13 @@ def _bar() -> Any:
 
 def _from_modelscope(name: str, revision: str, kind: Kind) -> Path:
     try:
-        from modelscope import dataset_snapshot_download, snapshot_download
+        import modelscope
         from modelscope_hub.errors import HubError
     except ImportError:
         raise UserError("extra_missing", where="hub: modelscope", fix="extra_missing", extra="modelscope") from None
     revision = "master" if revision == "main" else revision
     online = can_connect(MODELSCOPE_ENDPOINT)
-    download = snapshot_download if kind == "model" else dataset_snapshot_download
+    download = modelscope.snapshot_download if kind == "model" else modelscope.dataset_snapshot_download
     arguments: dict[str, Any] = {"allow_patterns": PATTERNS[kind], "local_files_only": not online}
     try:
         return Path(download(name, revision=revision, **arguments))
