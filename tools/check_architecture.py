@@ -43,11 +43,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.report": {
         *("config", "errors", "messages", "records", "data.store", "data.template", "engine.trie", "engine.order")
     },
-    "data.prepare": {"config", "errors", "records", "data.*"},
+    "data.prepare": {"config", "errors", "records", "data.*", "engine.order"},
     "engine": set(),
     "engine.trie": {"records"},
     "engine.order": set(),
-    "engine.attention": {"records"},
+    "engine.attention": {"records", "engine.flash"},
+    "engine.flash": set(),
     "engine.families": set(),
     "engine.fused": {"engine.lora"},
     "engine.lora": set(),
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
     },
-    "measure": {"assembly", "engine.*", "evaluate", "records"},
+    "measure": {"assembly", "engine.*", "evaluate", "loop", "records"},
     "output": {"errors", "config", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},
     "training": {
         *(

@@ -118,6 +118,20 @@ MUTANTS = (
         "tests/engine/test_attention.py",
     ),
     Mutant(
+        "the shared path of long segments forgotten",
+        "engine/flash.py",
+        "if len(self.shared_nodes):",
+        "if False:",
+        "tests/engine/test_flash.py",
+    ),
+    Mutant(
+        "long segments see what comes after",
+        "engine/flash.py",
+        "yield slice(self.first, self.stop), True",
+        "yield slice(self.first, self.stop), False",
+        "tests/engine/test_flash.py",
+    ),
+    Mutant(
         "21 LoRA's input gets no gradient",
         "engine/lora.py",
         "_drop_(grad_inner @ a, is_kept)",

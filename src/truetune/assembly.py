@@ -17,7 +17,6 @@ from transformers import get_scheduler
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
-from truetune.data.prepare import Prepared
 from truetune.engine.compare import Choice, choose_engine, use_kind
 from truetune.engine.memory import Limits, choose_limits, set_checkpointing
 from truetune.engine.step import Engine, Kind, scaled_from
@@ -83,7 +82,7 @@ def assemble(
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
-    loop = Loop(engine, optimizer, scheduler, _plan(config, flight.prepared), accelerator.backward)
+    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, held_out, events)
 
@@ -183,16 +182,16 @@ def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.opt
     return optimizer, scheduler
 
 
-def _plan(config: Config, prepared: Prepared) -> Plan:
+def _plan(config: Config, flight: Preflight) -> Plan:
     """Return the loop's numbers; every "auto" is chosen by now."""
     return Plan(
-        num_steps=prepared.report.steps,
+        num_steps=flight.prepared.report.steps,
         batch_size=config.rows_per_step,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         eval_steps=int(config.eval_steps),
         save_steps=int(config.save_steps),
-        mix=prepared.mix,
+        mix=flight.prepared.mix,
     )
 
 

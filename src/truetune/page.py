@@ -19,7 +19,7 @@ NUM_ROWS, MAX_REFUSED, NUM_BARS = 20, 200, 60
 MAX_SHOWN_CHARS = 4000
 
 
-def write_page(path: Path, config: Config, flight: Preflight, *, lang: str) -> None:
+def write_page(path: Path, flight: Preflight, *, config: Config, lang: str) -> None:
     """Write the page of a preflight, in `lang`."""
     # Autoescape: rows may hold any text, script tags included.
     environment = Environment(autoescape=True, trim_blocks=True)

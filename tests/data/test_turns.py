@@ -15,8 +15,8 @@ def test_roles_of_sharegpt_are_roles() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_turn_keeps_its_text_and_nothing_is_added(role: str) -> None:
     turn = {"role": role, "content": " a\r\n"}
-    assert read_turn("x:1", "messages[1]", turn) == turn
-    assert read_turn("x:1", "messages[1]", turn | dict.fromkeys(FLAGS)) == turn
+    assert read_turn("x:1", turn, name="messages[1]") == turn
+    assert read_turn("x:1", turn | dict.fromkeys(FLAGS), name="messages[1]") == turn
 
 
 def test_orders_that_are_right_and_wrong() -> None:

@@ -68,8 +68,8 @@ def keyword(call: ast.Call, name: str) -> ast.AST | None:
 def fault_keys() -> Iterator[tuple[str, ast.Call, list[str]]]:
     """Yield (place, call, its catalogue keys) of each fault whose key is written out."""
     for place, call, called in calls():
-        if called == "refuse" and len(call.args) >= 3:
-            found = call.args[1], call.args[2]
+        if called == "refuse" and len(call.args) >= 2:
+            found = call.args[1], keyword(call, "fix")
         elif called in FAULTS or (called == "__init__" and place.startswith("errors.py")):
             found = (call.args[0] if call.args else None), keyword(call, "fix")
         else:

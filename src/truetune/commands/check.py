@@ -75,7 +75,7 @@ def command(lang: str) -> click.Command:
         if html_file:
             from truetune.page import write_page
 
-            write_page(_checked_path(html_file), settings.config, flight, lang=lang)
+            write_page(_checked_path(html_file), flight, config=settings.config, lang=lang)
         return 2 if report.rows_refused else 0
 
     return click.Command(

@@ -40,9 +40,9 @@ def to_conversation(row: RawRow, *, input_join: str = "\n") -> Conversation:
         check_order(row.where, conversation.messages)
         if conversation.rejected:
             check_order(row.where, conversation.rejected, name="rejected")
-        check_calls(row.where, conversation.messages, conversation.tools)
+        check_calls(row.where, conversation.messages, tools=conversation.tools)
         if not any(map(is_target, conversation.messages)):
-            refuse(row.where, "row_nothing_learned", "row_nothing_learned")
+            refuse(row.where, "row_nothing_learned", fix="row_nothing_learned")
     return conversation
 
 
@@ -65,10 +65,10 @@ def _refuse_shape(row: RawRow) -> NoReturn:
     needed = sorted({key for known in FORMATS.values() for key in known.needs})
     missing = _nearest_missing(keys)
     if missing:
-        refuse(row.where, "row_missing_key", "row_missing_key", name=missing, found=_names(keys))
+        refuse(row.where, "row_missing_key", fix="row_missing_key", name=missing, found=_names(keys))
     near = [match for key in keys for match in get_close_matches(key, needed, n=1)]
     fix = "row_did_you_mean" if near else "row_unknown_keys"
-    refuse(row.where, "row_unknown_keys", fix, found=_names(keys), near=near[0] if near else "")
+    refuse(row.where, "row_unknown_keys", fix=fix, found=_names(keys), near=near[0] if near else "")
 
 
 def ignored_keys(row: RawRow) -> set[str]:
@@ -95,7 +95,7 @@ def _text(row: RawRow, key: str, *, may_be_empty: bool = False) -> str:
     value = row.value.get(key)
     if value is None and may_be_empty:
         return ""
-    return checked_text(row.where, key, value, may_be_empty=may_be_empty)
+    return checked_text(row.where, value, name=key, may_be_empty=may_be_empty)
 
 
 def _before(row: RawRow) -> Turns:
@@ -104,11 +104,11 @@ def _before(row: RawRow) -> Turns:
     messages: Turns = [{"role": "system", "content": system}] if system else []
     history = row.value.get("history") or []
     if not isinstance(history, list):
-        refuse(row.where, "row_history", "row_history", number=1)
+        refuse(row.where, "row_history", fix="row_history", number=1)
     for number, turn in enumerate(history, start=1):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-            refuse(row.where, "row_history", "row_history", number=number)
-        question, answer = (checked_text(row.where, f"history[{number}]", part) for part in turn)
+            refuse(row.where, "row_history", fix="row_history", number=number)
+        question, answer = (checked_text(row.where, part, name=f"history[{number}]") for part in turn)
         messages += [_user(question), _assistant(answer)]
     return messages
 
@@ -136,14 +136,14 @@ def _from_texts(row: RawRow, _input_join: str, *, question: str, answer: str) ->
     """A question and its answer, each a text or a list of turns (TRL's conversational prompt and completion)."""
     values = row.value[question], row.value[answer]
     if all(isinstance(value, list) for value in values):
-        turns = [turn for name in (question, answer) for turn in read_turns(row.where, name, row.value[name])]
+        turns = [turn for name in (question, answer) for turn in read_turns(row.where, row.value[name], name=name)]
         return _with_tools(row, turns)
     turns = [*_before(row), _user(_text(row, question)), _assistant(_text(row, answer))]
     return Conversation(row.where, tuple(turns))
 
 
 def _from_turns(row: RawRow, _input_join: str, *, name: str) -> Conversation:
-    turns = read_turns(row.where, name, row.value[name])
+    turns = read_turns(row.where, row.value[name], name=name)
     if row.value.get("system") not in (None, "") and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _text(row, "system")})
     return _with_tools(row, turns)
@@ -157,17 +157,17 @@ def _from_preference(row: RawRow, input_join: str) -> Conversation:
     """A prompt (a text, turns, an instruction, or the turns that both answers begin with) and two answers."""
     chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
     if "conversations" in row.value:
-        prompt = read_turns(row.where, "conversations", row.value["conversations"])
+        prompt = read_turns(row.where, row.value["conversations"], name="conversations")
     elif "instruction" in row.value:
         prompt = [*_before(row), _instruction(row, input_join)]
     elif "prompt" not in row.value:
         prompt = []
     elif isinstance(row.value["prompt"], list):
-        prompt = read_turns(row.where, "prompt", row.value["prompt"])
+        prompt = read_turns(row.where, row.value["prompt"], name="prompt")
     else:
         prompt = [*_before(row), _user(_text(row, "prompt"))]
     if chosen == rejected:
-        refuse(row.where, "row_same_answers", "row_same_answers")
+        refuse(row.where, "row_same_answers", fix="row_same_answers")
     tools = read_tools(row.where, row.value.get("tools"))
     return Conversation(row.where, (*prompt, *chosen), tools=tools, rejected=(*prompt, *rejected))
 
@@ -175,8 +175,8 @@ def _from_preference(row: RawRow, input_join: str) -> Conversation:
 def _answer(row: RawRow, name: str) -> Turns:
     value = row.value[name]
     if isinstance(value, list):
-        return read_turns(row.where, name, value)
-    return [read_turn(row.where, name, value) if isinstance(value, dict) else _assistant(_text(row, name))]
+        return read_turns(row.where, value, name=name)
+    return [read_turn(row.where, value, name=name) if isinstance(value, dict) else _assistant(_text(row, name))]
 
 
 def _from_text(row: RawRow, _input_join: str) -> Conversation:

@@ -24,7 +24,7 @@ def check_lengths(where: str, pairs: Sequence[Pair], *, max_length: int) -> None
 
 
 def cut_prompts(
-    conversation: Conversation, pairs: Sequence[Pair], renderer: Renderer, *, max_length: int, last_turn_only: bool
+    conversation: Conversation, pairs: Sequence[Pair], *, renderer: Renderer, max_length: int, last_turn_only: bool
 ) -> list[Pair]:
     """Return the pairs of a conversation, those longer than `max_length` with the oldest whole exchanges left out.
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from truetune.config import Config, cache_dir
 from truetune.data.encode import Encoded
 from truetune.data.formats import format_of, ignored_keys, to_conversation
 from truetune.data.lengths import check_lengths, cut_prompts
-from truetune.data.report import make_report
+from truetune.data.report import Tally, make_report
 from truetune.data.sources import Source, find_files, read_rows
 from truetune.data.store import RowFacts, RowWriter, StoredRows
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
@@ -61,30 +61,6 @@ class Prepared:
     mix: Mix | None = None
 
 
-@dataclass
-class Tally:
-    """What was counted on the way from files to rows, apart from what the rows themselves say."""
-
-    num_read: int = 0
-    refused: list[RowError] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
-    num_cut: int = 0
-    num_empty_thinking: int = 0
-
-    def to_json(self) -> str:
-        """Return the tally as text."""
-        refused = [(row.key, row.where, row.fix, {k: str(v) for k, v in row.values.items()}) for row in self.refused]
-        return json.dumps(asdict(self) | {"refused": refused})
-
-    @classmethod
-    def from_json(cls, text: str) -> Tally:
-        """Return the tally that `to_json` wrote."""
-        values = json.loads(text)
-        values["refused"] = [RowError(key, where=where, fix=fix, **rest) for key, where, fix, rest in values["refused"]]
-        return cls(**values | {name: Counter(values[name]) for name in ("formats", "ignored")})
-
-
 def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress: Progress | None = None) -> Prepared:
     """Read, render, check and split the data of a run. `on_progress`: told how many rows were read so far.
 
@@ -100,7 +76,7 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
     train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
     mix = Mix(train.of_rows("source"), tuple(config.data_weights)) if config.data_weights else None
-    report = make_report(config, renderer, tally, sides=(train, held_out), mix=mix, lang=lang)
+    report = make_report(config, renderer, tally=tally, sides=(train, held_out), mix=mix, lang=lang)
     digest = hashlib.sha256()
     for side in (train, held_out):
         side.update_hash(digest)
@@ -240,7 +216,7 @@ def _finish(batch: _Batch, config: Config, renderer: Renderer, *, writer: RowWri
             continue
         tokens = list(islice(encoded, len(drafts)))
         try:
-            pairs = renderer.finish(raw.where, drafts, tokens)
+            pairs = renderer.finish(drafts, tokens, where=raw.where)
             chosen, rejected = (pairs[:-1], pairs[-1:]) if conversation.rejected else (pairs, [])
             fitting = _fitting(conversation, chosen, config, renderer)
             check_lengths(raw.where, [*fitting, *rejected], max_length=config.max_length)
@@ -261,7 +237,9 @@ def _fitting(conversation: Conversation, pairs: list[Pair], config: Config, rend
     if config.overlong == "refuse" or max(map(len, pairs)) <= config.max_length:
         return pairs
     is_last_only = config.train_on == "last_turn"
-    return cut_prompts(conversation, pairs, renderer, max_length=config.max_length, last_turn_only=is_last_only)
+    return cut_prompts(
+        conversation, pairs, renderer=renderer, max_length=config.max_length, last_turn_only=is_last_only
+    )
 
 
 def _last_turn(conversation: Conversation) -> tuple[tuple[dict[str, Any], ...], str]:

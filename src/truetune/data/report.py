@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +20,6 @@ from truetune.errors import RowError
 from truetune.messages import text
 from truetune.records import Refusal, Report, pairs_of
 
-if TYPE_CHECKING:
-    from truetune.data.prepare import Tally
-
 Sides = tuple[StoredRows, StoredRows]
 """(rows to train on, rows held out)."""
 
@@ -30,8 +30,32 @@ SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
 
 
+@dataclass
+class Tally:
+    """What was counted on the way from files to rows, apart from what the rows themselves say."""
+
+    num_read: int = 0
+    refused: list[RowError] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    num_cut: int = 0
+    num_empty_thinking: int = 0
+
+    def to_json(self) -> str:
+        """Return the tally as text."""
+        refused = [(row.key, row.where, row.fix, {k: str(v) for k, v in row.values.items()}) for row in self.refused]
+        return json.dumps(asdict(self) | {"refused": refused})
+
+    @classmethod
+    def from_json(cls, text: str) -> Tally:
+        """Return the tally that `to_json` wrote."""
+        values = json.loads(text)
+        values["refused"] = [RowError(key, where=where, fix=fix, **rest) for key, where, fix, rest in values["refused"]]
+        return cls(**values | {name: Counter(values[name]) for name in ("formats", "ignored")})
+
+
 def make_report(
-    config: Config, renderer: Renderer, tally: Tally, *, sides: Sides, mix: Mix | None, lang: str
+    config: Config, renderer: Renderer, *, tally: Tally, sides: Sides, mix: Mix | None, lang: str
 ) -> Report:
     """Return the report on rows to train on and rows held out."""
     train, held_out = sides

@@ -139,7 +139,7 @@ class Renderer:
         (drafts,) = self.render([conversation], last_turn_only=last_turn_only)
         if isinstance(drafts, RowError):
             raise drafts
-        return self.finish(conversation.where, drafts, self.encode(drafts))
+        return self.finish(drafts, self.encode(drafts), where=conversation.where)
 
     def render(
         self, conversations: Sequence[Conversation], *, last_turn_only: bool = False
@@ -166,7 +166,7 @@ class Renderer:
         found = self._encoder.encode([text for draft in drafts for text in (draft.prompt, draft.rest)])
         return list(zip(found[::2], found[1::2], strict=True))
 
-    def finish(self, where: str, drafts: Sequence[Draft], encoded: Sequence[tuple[Encoded, Encoded]]) -> list[Pair]:
+    def finish(self, drafts: Sequence[Draft], encoded: Sequence[tuple[Encoded, Encoded]], *, where: str) -> list[Pair]:
         """Return the pairs of one conversation.
 
         Raises: RowError if text follows an answer's stop token.

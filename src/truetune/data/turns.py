@@ -33,7 +33,7 @@ _KEYS = {
 }
 
 
-def refuse(where: str, key: str, fix: str, **values: Any) -> NoReturn:
+def refuse(where: str, key: str, *, fix: str, **values: Any) -> NoReturn:
     """Raise the RowError of a row."""
     raise RowError(key, where=where, fix=fix, **values)
 
@@ -43,56 +43,56 @@ def is_target(message: Message) -> bool:
     return bool(message["role"] == "assistant" and message.get("is_target", True))
 
 
-def checked_text(where: str, name: str, value: Any, *, may_be_empty: bool = False) -> str:
+def checked_text(where: str, value: Any, *, name: str, may_be_empty: bool = False) -> str:
     """Return a text; anything else, an empty one, or characters that are no text are refused."""
     if not isinstance(value, str):
-        refuse(where, "row_not_text", "row_not_text", name=name, kind=kind_of(value))
+        refuse(where, "row_not_text", fix="row_not_text", name=name, kind=kind_of(value))
     if not may_be_empty and not value.strip():
-        refuse(where, "row_empty_text", "row_empty_text", name=name)
+        refuse(where, "row_empty_text", fix="row_empty_text", name=name)
     if "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
-        refuse(where, "row_bad_character", "row_bad_character", name=name)
+        refuse(where, "row_bad_character", fix="row_bad_character", name=name)
     return value
 
 
-def read_turns(where: str, name: str, turns: Any) -> list[Message]:
+def read_turns(where: str, turns: Any, *, name: str) -> list[Message]:
     """Return a checked list of turns, in OpenAI's or ShareGPT's words. `name`: of the list, for messages.
 
     Raises: RowError naming the first turn that is none.
     """
     if not isinstance(turns, list) or not turns:
-        refuse(where, "row_messages", "row_messages", name=name, kind=kind_of(turns))
-    return [read_turn(where, f"{name}[{number}]", turn) for number, turn in enumerate(turns, start=1)]
+        refuse(where, "row_messages", fix="row_messages", name=name, kind=kind_of(turns))
+    return [read_turn(where, turn, name=f"{name}[{number}]") for number, turn in enumerate(turns, start=1)]
 
 
-def read_turn(where: str, name: str, turn: Any) -> Message:
+def read_turn(where: str, turn: Any, *, name: str) -> Message:
     """Return one checked turn; `train`, `loss` and `weight` flags become `is_target`."""
     if not isinstance(turn, dict):
-        refuse(where, "row_turn_not_object", "row_messages", name=name, kind=kind_of(turn))
+        refuse(where, "row_turn_not_object", fix="row_messages", name=name, kind=kind_of(turn))
     if "from" in turn and "role" not in turn:
         turn = _from_sharegpt(where, name, turn)
     role = turn.get("role")
     if role not in ROLES:
         near = str(role).strip().lower()
         fix = "row_role_case" if near in ROLES else "row_role"
-        refuse(where, "row_role", fix, name=name, role=repr(role), roles=", ".join(ROLES), near=near)
+        refuse(where, "row_role", fix=fix, name=name, role=repr(role), roles=", ".join(ROLES), near=near)
     unknown = set(turn) - _KEYS[role] - set(FLAGS)
     if unknown:
-        refuse(where, "row_turn_keys", "row_turn_keys", name=name, found=", ".join(sorted(unknown)))
+        refuse(where, "row_turn_keys", fix="row_turn_keys", name=name, found=", ".join(sorted(unknown)))
     message: Message = {"role": role}
     calls = _tool_calls(where, f"{name}.tool_calls", turn.get("tool_calls"))
     content = turn.get("content")
     if content is None and calls:
         content = ""
     may_be_empty = role in ("system", "tool") or bool(calls)
-    message["content"] = checked_text(where, f"{name}.content", content, may_be_empty=may_be_empty)
+    message["content"] = checked_text(where, content, name=f"{name}.content", may_be_empty=may_be_empty)
     for key in ("reasoning_content", "name", "tool_call_id"):
         if turn.get(key) not in (None, ""):
-            message[key] = checked_text(where, f"{name}.{key}", turn[key])
+            message[key] = checked_text(where, turn[key], name=f"{name}.{key}")
     if calls:
         message["tool_calls"] = calls
     flags = [turn[key] for key in FLAGS if turn.get(key) is not None]
     if any(not isinstance(flag, bool) and flag not in (0, 1) for flag in flags):
-        refuse(where, "row_flag", "row_flag", name=name)
+        refuse(where, "row_flag", fix="row_flag", name=name)
     if flags:
         message["is_target"] = all(map(bool, flags))
     return message
@@ -104,7 +104,7 @@ def _from_sharegpt(where: str, name: str, turn: dict[str, Any]) -> dict[str, Any
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if kind not in SHAREGPT_ROLES:
         roles = ", ".join(SHAREGPT_ROLES)
-        refuse(where, "row_role", "row_role", name=name, role=repr(kind), roles=roles, near="")
+        refuse(where, "row_role", fix="row_role", name=name, role=repr(kind), roles=roles, near="")
     message = {"role": SHAREGPT_ROLES[kind], "content": turn.get("value"), **rest}
     if kind == "function_call":
         calls = _parsed(where, f"{name}.value", turn.get("value"))
@@ -121,10 +121,10 @@ def read_tools(where: str, tools: Any) -> tuple[dict[str, Any], ...] | None:
         return None
     found = _parsed(where, "tools", tools) if isinstance(tools, str) else tools
     if not isinstance(found, list):
-        refuse(where, "row_tools", "row_tools", name="tools", kind=kind_of(found))
+        refuse(where, "row_tools", fix="row_tools", name="tools", kind=kind_of(found))
     for number, tool in enumerate(found, start=1):
         if not isinstance(tool, dict) or not isinstance(_function(tool).get("name"), str):
-            refuse(where, "row_tools", "row_tools", name=f"tools[{number}]", kind=kind_of(tool))
+            refuse(where, "row_tools", fix="row_tools", name=f"tools[{number}]", kind=kind_of(tool))
     return tuple(found)
 
 
@@ -133,17 +133,17 @@ def _tool_calls(where: str, name: str, calls: Any) -> list[dict[str, Any]]:
     if calls in (None, []):
         return []
     if not isinstance(calls, list):
-        refuse(where, "row_tool_call", "row_tool_call", name=name, kind=kind_of(calls))
+        refuse(where, "row_tool_call", fix="row_tool_call", name=name, kind=kind_of(calls))
     for number, call in enumerate(calls, start=1):
         function = _function(call) if isinstance(call, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            refuse(where, "row_tool_call", "row_tool_call", name=f"{name}[{number}]", kind=kind_of(call))
+            refuse(where, "row_tool_call", fix="row_tool_call", name=f"{name}[{number}]", kind=kind_of(call))
         path = f"{name}[{number}].arguments"
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _parsed(where, path, arguments)
         if not isinstance(arguments, dict):
-            refuse(where, "row_tool_arguments", "row_tool_arguments", name=path, problem=kind_of(arguments))
+            refuse(where, "row_tool_arguments", fix="row_tool_arguments", name=path, problem=kind_of(arguments))
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
@@ -156,7 +156,7 @@ def _parsed(where: str, name: str, source: Any) -> Any:
     try:
         return json.loads(source)
     except (TypeError, ValueError) as error:
-        refuse(where, "row_tool_arguments", "row_tool_arguments", name=name, problem=str(error))
+        refuse(where, "row_tool_arguments", fix="row_tool_arguments", name=name, problem=str(error))
 
 
 def check_order(where: str, messages: Sequence[Message], *, name: str = "messages") -> None:
@@ -166,7 +166,7 @@ def check_order(where: str, messages: Sequence[Message], *, name: str = "message
     """
     start = int(messages[0]["role"] == "system")
     if len(messages) == start:
-        refuse(where, "row_only_system", "row_open_turn", name=name)
+        refuse(where, "row_only_system", fix="row_open_turn", name=name)
     expected: tuple[str, ...] = ("user",)
     for number, message in enumerate(messages[start:], start=start + 1):
         role = message["role"]
@@ -174,10 +174,10 @@ def check_order(where: str, messages: Sequence[Message], *, name: str = "message
             key = "row_tool_without_result" if expected == ("tool",) else "row_order"
             fix = key if key != "row_order" or role != "system" else "row_system_late"
             place = f"{name}[{number}]"
-            refuse(where, key, fix, name=place, role=role, expected=expected[-1])
+            refuse(where, key, fix=fix, name=place, role=role, expected=expected[-1])
         expected = _after(message)
     if messages[-1]["role"] != "assistant":
-        refuse(where, "row_open_turn", "row_open_turn", name=f"{name}[{len(messages)}]")
+        refuse(where, "row_open_turn", fix="row_open_turn", name=f"{name}[{len(messages)}]")
 
 
 def _after(message: Message) -> tuple[str, ...]:
@@ -187,7 +187,7 @@ def _after(message: Message) -> tuple[str, ...]:
     return ("tool", "assistant") if message["role"] == "tool" else ("assistant",)
 
 
-def check_calls(where: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> None:
+def check_calls(where: str, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None) -> None:
     """Refuse a call of a tool that the row does not declare, where it declares any."""
     if tools is None:
         return
@@ -197,4 +197,4 @@ def check_calls(where: str, messages: Sequence[Message], tools: Sequence[dict[st
             name = call["function"]["name"]
             if name not in known:
                 place = f"messages[{number}]"
-                refuse(where, "row_tool_unknown", "row_tool_unknown", name=place, tool=name, known=", ".join(known))
+                refuse(where, "row_tool_unknown", fix="row_tool_unknown", name=place, tool=name, known=", ".join(known))

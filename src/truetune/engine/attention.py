@@ -206,7 +206,7 @@ class _SegmentAttention(torch.autograd.Function):
                 ctx.probabilities.append(p)
         ctx.log_sums = []
         for segment in long_segments:
-            out, log_sum = attend(segment, q_NHD, k_NGD, v_NGD, scale=core.scale)
+            out, log_sum = attend(segment, (q_NHD, k_NGD, v_NGD), scale=core.scale)
             out_NHD[segment.first : segment.stop] = out
             ctx.log_sums.append(log_sum)
         ctx.save_for_backward(q_NHD, k_NGD, v_NGD, out_NHD[:-1] if long_segments else None)
@@ -234,7 +234,7 @@ class _SegmentAttention(torch.autograd.Function):
         into = (grad_q_NHD, grad_k_NGD, grad_v_NGD)
         for segment, log_sum in zip(long_segments, ctx.log_sums, strict=True):
             results = (out_NHD, grad_NHD, log_sum)
-            add_gradients(segment, (q_NHD, k_NGD, v_NGD), results, scale=core.scale, into=into)
+            add_gradients(segment, (q_NHD, k_NGD, v_NGD), results=results, scale=core.scale, into=into)
         return grad_q_NHD[:-1], grad_k_NGD.to(k_NGD.dtype), grad_v_NGD.to(v_NGD.dtype), None
 
 

@@ -41,10 +41,15 @@ class LongSegment:
         yield slice(self.first, self.stop), True
 
 
-def attend(
-    segment: LongSegment, q_NHD: torch.Tensor, k_NGD: torch.Tensor, v_NGD: torch.Tensor, *, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return softmax(q k^T * scale) v [Q, H, D] of a segment, and its log-sum-exp [1, H, Q] in fp32."""
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attend(segment: LongSegment, qkv: Tensors, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(q k^T * scale) v [Q, H, D] of a segment, and its log-sum-exp [1, H, Q] in fp32.
+
+    `qkv`: of all nodes, q [N, H, D], k and v [N, G, D], where G divides H.
+    """
+    q_NHD, k_NGD, v_NGD = qkv
     q = _heads_first(q_NHD[segment.first : segment.stop])
     outs, sums = [], []
     for keys, is_causal in segment.parts():
@@ -59,14 +64,7 @@ def attend(
     return joined[0].transpose(0, 1).to(q_NHD.dtype), log_sum
 
 
-def add_gradients(
-    segment: LongSegment,
-    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    *,
-    scale: float,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
+def add_gradients(segment: LongSegment, qkv: Tensors, *, results: Tensors, scale: float, into: Tensors) -> None:
     """Add a segment's gradients to `into` (q as the model's, k and v in fp32; all of all nodes).
 
     `results`: out_NHD, its gradient, and the segment's log-sum-exp.
