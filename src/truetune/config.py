@@ -162,7 +162,8 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError("data_not_utf8", where=str(path), fix="data_not_utf8", byte=error.start, path=path) from None
+        values = {"byte": error.start, "encoding": "UTF-8", "path": path}
+        raise UserError("data_not_utf8", where=str(path), fix="config_not_utf8", **values) from None
     try:
         loader = _Loader(source)
         loader.name = str(path)

@@ -43,8 +43,9 @@ def _from_huggingface(name: str, revision: str, kind: Kind) -> Path:
     except LocalEntryNotFoundError:
         raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=constants.ENDPOINT) from None
     except HFValidationError as error:
-        key = "model_missing" if kind == "model" else "data_hub_name"
-        raise UserError(key, where=name, fix=key) from error
+        if kind == "dataset":
+            raise UserError("data_hub_name", where=name, fix="data_hub_name") from error
+        raise UserError("model_missing", where=name, fix="model_missing") from error
     except HfHubHTTPError as error:
         raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error).splitlines()[0]) from None
 

@@ -344,8 +344,6 @@ BAD_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "text": ('"a text"', "row_not_object", {"kind": "text"}),
     "null": ("null", "row_not_object", {"kind": "null"}),
     "true": ("true", "row_not_object", {"kind": "boolean"}),
-    "nested": ('{"data": [{"a": 1}, {"a": 2}]}', "row_nested", {"name": "data", "count": 2}),
-    "nested, beside": ('{"version": "1", "rows": [{"a": 1}]}', "row_nested", {"name": "rows", "count": 1}),
 }
 
 
@@ -371,28 +369,12 @@ def test_list_as_a_row(tmp_path: Path, assert_fault: Callable[..., None]) -> Non
     assert_fault(bad, "row_not_object", where=f"{path}:2", kind="list")
 
 
-@pytest.mark.parametrize("is_pretty", [False, True])
-def test_file_of_one_object_with_the_rows_inside(
-    is_pretty: bool, tmp_path: Path, assert_fault: Callable[..., None]
-) -> None:
-    path = tmp_path / "rows.json"
-    (error,) = _read(path, _dumps({"data": ROWS}, indent=2 if is_pretty else None))
-    assert isinstance(error, RowError)
-    assert_fault(error, "row_nested", where=f"{path}:1", name="data", count=len(ROWS))
-
-
-def test_messages_are_not_taken_for_nested_rows(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns}, {"id": 1, "messages": turns}, {"history": [["a", "b"]], "output": "c"}]
-    assert [getattr(row, "value", row) for row in _read(tmp_path / "rows.json", _dumps(rows))] == rows
-
-
 def test_every_fault_of_the_module_is_met_above() -> None:
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', Path(str(json_rows.__file__)).read_text()))
     met = {"data_not_json", "data_cut", "data_cut_in_character", "data_empty", "data_utf16", "data_not_utf8"}
     met |= {key for _, key, _ in BAD_ROWS.values()} | {"row_not_json", "data_record_large"}
     assert met == named
-    assert len(named) >= 11
+    assert len(named) >= 10
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,9 @@ def _refuse_shape(row: RawRow) -> NoReturn:
     if missing:
         refuse(row.where, "row_missing_key", fix="row_missing_key", name=missing, found=_names(keys))
     near = [match for key in keys for match in get_close_matches(key, needed, n=1)]
+    nested = [key for key, item in row.value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    if nested and not get_close_matches(nested[0], needed, n=1):
+        refuse(row.where, "row_nested", fix="row_nested", name=nested[0], count=len(row.value[nested[0]]))
     fix = "row_did_you_mean" if near else "row_unknown_keys"
     refuse(row.where, "row_unknown_keys", fix=fix, found=_names(keys), near=near[0] if near else "")
 
@@ -201,9 +204,9 @@ FORMATS: dict[str, Format] = {
     "preference (instruction)": _preference("instruction", may=_BEFORE | {"input"}),
     "preference": _preference("prompt", may=_BEFORE | {"tools"}),
     "preference (two conversations)": _preference(),
+    "alpaca": Format(frozenset({"instruction", "output"}), _BEFORE | {"input"}, _from_alpaca),
     "messages": Format(frozenset({"messages"}), _TURNS, partial(_from_turns, name="messages")),
     "sharegpt": Format(frozenset({"conversations"}), _TURNS, partial(_from_turns, name="conversations")),
-    "alpaca": Format(frozenset({"instruction", "output"}), _BEFORE | {"input"}, _from_alpaca),
     "prompt and completion": _texts("prompt", "completion"),
     "prompt and response": _texts("prompt", "response"),
     "query and response": _texts("query", "response"),

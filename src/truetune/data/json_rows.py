@@ -20,6 +20,9 @@ CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARS = 100_000_000
 """A record longer than this is taken for a file that is not what it seems."""
 
+KEPT_CHARS = 64
+"""What is kept of what was given out, for messages to show."""
+
 _WHITESPACE = " \t\n\r"
 _BLANK = re.compile(r"[ \t\n\r]*")
 _CONSTANT = re.compile(r"[:\[,]\s*(NaN|-?Infinity)")
@@ -77,7 +80,7 @@ class _Window:
         self._num_bytes = 0
         # Where `text` starts in the file, and up to where lines were counted.
         self._column, self._line, self._counted = 0, 1, 0
-        first = stream.read(CHUNK_BYTES)
+        first = stream.read(max(CHUNK_BYTES, len(codecs.BOM_UTF8)))
         if first[:2] in (b"\xff\xfe", b"\xfe\xff") and encoding == "utf-8":
             raise UserError("data_utf16", where=name, fix="data_utf16", path=name)
         self._take(first)
@@ -141,6 +144,15 @@ class _Window:
             if not self.more():
                 return self.text[self.position :]
 
+    def is_last(self, line: str) -> bool:
+        """Return whether nothing but white space follows a line at `position`."""
+        while True:
+            match = _BLANK.match(self.text, self.position + len(line))
+            if match is None or match.end() < len(self.text):
+                return False
+            if not self.more():
+                return True
+
     def line_number(self) -> int:
         """Return the line of the file at `position`, counted from 1."""
         self._line += self.text.count("\n", self._counted, self.position)
@@ -157,10 +169,12 @@ class _Window:
 
     def _forget(self) -> None:
         self.line_number()
-        start = self.text.rfind("\n", 0, self.position)
-        self._column = self.position - start - 1 if start >= 0 else self._column + self.position
-        self.text = self.text[self.position :]
-        self.position = self._counted = 0
+        gone = max(self.position - KEPT_CHARS, 0)
+        start = self.text.rfind("\n", 0, gone)
+        self._column = gone - start - 1 if start >= 0 else self._column + gone
+        self.text = self.text[gone:]
+        self.position -= gone
+        self._counted = self.position
 
     def _take(self, chunk: bytes) -> None:
         self.is_end = not chunk
@@ -252,8 +266,7 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
                 raise _behind(window, "text behind the object")
             return
         number += 1
-        is_last = window.is_end and not window.text[window.position + len(line) :].strip(_WHITESPACE)
-        row = _row_of(window.where(), content, record=number if is_last else None)
+        row = _row_of(window.where(), content, record=number if window.is_last(line) else None)
         if number == 1 and isinstance(row, RowError) and row.key == "row_not_json" and not content.startswith("{"):
             raise UserError("data_not_json", where=row.where, fix=row.fix, **row.values)
         yield row
@@ -282,9 +295,6 @@ def _row_of(where: str, line: str, *, record: int | None) -> RawRow | RowError:
 def _as_row(where: str, value: Any) -> RawRow | RowError:
     if not isinstance(value, dict):
         return RowError("row_not_object", where=where, fix="row_not_object", kind=kind_of(value))
-    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if len(value) <= 2 and lists and not {"messages", "conversations"} & set(value):
-        return RowError("row_nested", where=where, fix="row_nested", name=lists[0], count=len(value[lists[0]]))
     return RawRow(where, value)
 
 

@@ -206,35 +206,37 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_csv(path: Path, stream: IO[bytes], encoding: str, *, delimiter: str) -> Iterator[RawRow | RowError]:
     """Read RFC 4180: a header, quoted fields that may hold line breaks. All values stay text."""
-    text = io.TextIOWrapper(
-        io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream,
-        encoding="utf-8-sig" if encoding == "utf-8" else encoding,
-        newline="",
-    )
-    csv.field_size_limit(MAX_FIELD_CHARS)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if not any(header):
-            raise UserError("data_empty", where=str(path), fix="data_empty")
-        if len(header) == 1 or len(set(header)) < len(header):
-            fix = "data_csv_header" if delimiter == "\t" or ";" not in header[0] else "data_csv_semicolon"
-            raise UserError("data_csv_header", where=f"{path}:1", fix=fix, found=", ".join(header))
-        line = reader.line_num + 1
-        for values in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if len(values) == len(header):
-                yield RawRow(where, dict(zip(header, values, strict=True)))
-            elif values:
-                counts = {"found": len(values), "expected": len(header)}
-                yield RowError("row_csv_fields", where=where, fix="row_csv_fields", **counts)
-    except csv.Error as error:
-        raise UserError("data_csv", where=f"{path}:{line}", fix="data_csv", problem=error) from None
-    except UnicodeDecodeError as error:
-        where = f"{path}:{reader.line_num + 1}"
-        told = {"byte": error.start, "encoding": encoding.upper(), "path": str(path)}
-        raise UserError("data_not_utf8", where=where, fix="data_not_utf8", **told) from None
+    binary = io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    with io.TextIOWrapper(binary, encoding=codec, newline="") as text:
+        csv.field_size_limit(MAX_FIELD_CHARS)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            yield from _csv_rows(path, reader, delimiter)
+        except csv.Error as error:
+            raise UserError("data_csv", where=f"{path}:{reader.line_num}", fix="data_csv", problem=error) from None
+        except UnicodeDecodeError as error:
+            where = f"{path}:{reader.line_num + 1}"
+            told = {"byte": error.start, "encoding": encoding.upper(), "path": str(path)}
+            raise UserError("data_not_utf8", where=where, fix="data_not_utf8", **told) from None
+
+
+def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowError]:
+    header = next(reader, [])
+    if not any(header):
+        raise UserError("data_empty", where=str(path), fix="data_empty")
+    is_divided_otherwise = len(header) == 1 and delimiter == "," and ";" in header[0]
+    if is_divided_otherwise or len(set(header)) < len(header):
+        fix = "data_csv_semicolon" if is_divided_otherwise else "data_csv_header"
+        raise UserError("data_csv_header", where=f"{path}:1", fix=fix, found=", ".join(header))
+    line = reader.line_num + 1
+    for values in reader:
+        where, line = f"{path}:{line}", reader.line_num + 1
+        if len(values) == len(header):
+            yield RawRow(where, dict(zip(header, values, strict=True)))
+        elif values:
+            counts = {"found": len(values), "expected": len(header)}
+            yield RowError("row_csv_fields", where=where, fix="row_csv_fields", **counts)
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

@@ -169,7 +169,8 @@ class _File:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of all records; what only a row's first record has is zero in the others."""
-        found = [batch.batch[name].fill_null(0).to_numpy(zero_copy_only=False) for batch in self.batches]
+        zero = False if pa.types.is_boolean(SCHEMA.field(name).type) else 0
+        found = [batch.batch[name].fill_null(zero).to_numpy(zero_copy_only=False) for batch in self.batches]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def row(self, number: int) -> Row:

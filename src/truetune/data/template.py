@@ -110,7 +110,8 @@ class Renderer:
             prompt, full = self._render(turns[:-1], prompt=True), self._render(turns, prompt=False)
         except TEMPLATE_ERRORS:
             return False
-        return not set(self.stop_ids) & set(self._encoder.encode_marked(full[len(prompt) :]))
+        rest = full[len(prompt) :] if full.startswith(prompt) else self._behind_open_thinking(prompt, full, turns[-1])
+        return not set(self.stop_ids) & set(self._encoder.encode_marked(rest or full))
 
     @property
     def opens_thinking(self) -> bool:
@@ -255,8 +256,9 @@ class Renderer:
         rest     reasoning\\n</think>\\n\\nanswer<stop>      without reasoning the block is empty
         """
         before, thinking, behind = prompt.rpartition(OPEN_THINKING)
-        content = str(message["content"]).strip()
-        shown = full[len(before) :]
+        content, shown = str(message["content"]), full[len(before) :]
+        if content not in shown:
+            content = content.strip()
         if not thinking or behind.strip() or not full.startswith(before) or content not in shown:
             return None
         reasoning = str(message.get("reasoning_content", ""))

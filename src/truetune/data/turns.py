@@ -171,10 +171,10 @@ def check_order(where: str, messages: Sequence[Message], *, name: str = "message
     for number, message in enumerate(messages[start:], start=start + 1):
         role = message["role"]
         if role not in expected:
-            key = "row_tool_without_result" if expected == ("tool",) else "row_order"
-            fix = key if key != "row_order" or role != "system" else "row_system_late"
-            place = f"{name}[{number}]"
-            refuse(where, key, fix=fix, name=place, role=role, expected=expected[-1])
+            values = {"name": f"{name}[{number}]", "role": role, "expected": expected[-1]}
+            if expected == ("tool",):
+                refuse(where, "row_tool_without_result", fix="row_tool_without_result", **values)
+            refuse(where, "row_order", fix="row_system_late" if role == "system" else "row_order", **values)
         expected = _after(message)
     if messages[-1]["role"] != "assistant":
         refuse(where, "row_open_turn", fix="row_open_turn", name=f"{name}[{len(messages)}]")

@@ -47,6 +47,7 @@ TEXTS = {
     "fix.data_utf16": "Convert it: iconv -f UTF-16 -t UTF-8 {path} > converted.json",
     "error.data_not_utf8": "not {encoding} at byte {byte}",
     "fix.data_not_utf8": "Name its encoding by --encoding, or: iconv -f … -t UTF-8 {path} > converted.json",
+    "fix.config_not_utf8": "Save it as UTF-8: iconv -f … -t UTF-8 {path} > converted.yaml",
     "fix.data_looks_gbk": "It looks like GBK: add --encoding gbk.",
     "error.data_not_json": "not JSON: {problem}, at «{context}»",
     "fix.data_not_json": "Correct that place; a common cause is a comma too many or too few.",

@@ -47,6 +47,7 @@ TEXTS = {
     "fix.data_utf16": "转换：iconv -f UTF-16 -t UTF-8 {path} > converted.json",
     "error.data_not_utf8": "第 {byte} 字节不是 {encoding}",
     "fix.data_not_utf8": "请转成 UTF-8（iconv -f … -t UTF-8 {path} > converted.json），或用 --encoding 说明编码。",
+    "fix.config_not_utf8": "请存为 UTF-8：iconv -f … -t UTF-8 {path} > converted.yaml",
     "fix.data_looks_gbk": "看起来是 GBK：请加上 --encoding gbk。",
     "error.data_not_json": "不是 JSON：{problem}，位于 «{context}»",
     "fix.data_not_json": "改正那里；常见原因是多了或少了逗号。",
