@@ -155,8 +155,9 @@ def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, rstd: torch.Tensor) -> torch.Tensor:
     """Return x / rms(x) * weight over the last axis, and write 1 / rms(x) into `rstd`."""
     wide = x.float() if x.dtype != torch.float32 else x.clone()
-    rstd.copy_(torch.linalg.vector_norm(wide, dim=-1, keepdim=True))
-    rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
+    # vecdot and not vector_norm, which is off by two to four times as much (1.3e-6 of 2,560 numbers).
+    rstd.copy_(torch.linalg.vecdot(wide, wide).unsqueeze(-1))
+    rstd.div_(x.shape[-1]).add_(eps).rsqrt_()
     # Rounded where transformers rounds: before a weight in the base's dtype, after one in fp32 (Gemma).
     return wide.mul_(rstd).to(weight.dtype).mul_(weight)
 
