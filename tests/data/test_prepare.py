@@ -87,21 +87,21 @@ MIXED: list[Any] = [
     {"instruction": "Hi", "output": "Hello.", "input": ""},
     {"instruction": "Hi", "output": "Good day.", "id": 3},
     {"instruction": "Hi"},
-    _turns("Hi", "Hello.", "Bye", "So long."),
-    _turns("Hi", "Hello.", "Bye", "So long.") | {"id": 6, "label": "x"},
+    {"instruction": "Bye", "output": "So long.", "history": [["Hi", "Hello."]]},
+    {"instruction": "Bye", "output": "So long.", "history": [["Hi", "Hello."]], "id": 6, "label": "x"},
     17,
     {"instruction": "Count", "output": "one two three four " * 30},
     {"instruction": "你好", "output": "</think>"},
     {"system": "Be brief.", "instruction": "Hi", "output": "Yo.", "label": "y"},
     {"system": "Be brief.", "instruction": "Hi, you", "output": "Yo."},
-    _turns("Hi", "Hello.", train=False),
+    {"instruction": "Hi", "output": " "},
 ]
 REFUSED = {
     3: "row_missing_key",
     6: "row_not_object",
     7: "row_too_long",
     8: "template_loses_text",
-    11: "row_nothing_learned",
+    11: "row_empty_text",
 }
 
 # What the braces of these texts are filled with.
@@ -121,7 +121,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def _prepare(path: Path, renderer: Renderer, *, lang: str = "en", **config: Any) -> Prepared:
-    return prepare(Config(data=[str(path)], max_length=60, **config), renderer, lang=lang)
+    return prepare(Config(data=[str(path)], **{"max_length": 60, **config}), renderer, lang=lang)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -326,7 +326,9 @@ def test_diagnosis(
     write_json: Callable[..., Path],
     renderer: Renderer,
 ) -> None:
-    report = prepare(Config(data=[str(write_json(rows))], **config), renderer).report
+    # Without the empty think block, which would be much of such short answers.
+    off = build_renderer(renderer.tokenizer, [151645, 151643], template_kwargs={"enable_thinking": False})
+    report = prepare(Config(data=[str(write_json(rows))], **config), off).report
     values = {"steps": report.steps, "rate": Config(**config).learning_rate, "count": 0}
     keys = ("few_steps", "learning_rate", "duplicates", "no_held_out")
     assert {key for key in keys if text(f"diagnosis.{key}", **values) in report.diagnosis} == found
@@ -493,11 +495,12 @@ def _count_renders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_prepared_rows_are_used_again(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time nothing is rendered, and report and rows are the same; in the other language, too."""
     counts = _count_renders(monkeypatch)
-    first = _prepare(mixed, renderer, system="once")
-    assert sum(counts) == 10
-    again = _prepare(mixed, renderer, system="once", lang="en")
-    chinese = _prepare(mixed, renderer, system="once", lang="zh")
-    assert sum(counts) == 10
+    some = build_renderer(renderer.tokenizer, [151645, 151643], system="once")
+    first = _prepare(mixed, some)
+    assert sum(counts) == 9
+    again = _prepare(mixed, some, lang="en")
+    chinese = _prepare(mixed, some, lang="zh")
+    assert sum(counts) == 9
     assert list(first.train) == list(again.train)
     assert (first.report, first.data_hash) == (again.report, again.data_hash)
     assert [row.where for row in chinese.report.refused] == [row.where for row in first.report.refused]
@@ -507,18 +510,21 @@ def test_prepared_rows_are_used_again(mixed: Path, renderer: Renderer, monkeypat
 def test_what_matters_is_rendered_again(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, keys and template: each of them changed makes prepared rows of before useless."""
     counts = _count_renders(monkeypatch)
-    off = build_renderer(renderer.tokenizer, [151645, 151643], template_kwargs={"enable_thinking": False})
-    other_stop = build_renderer(renderer.tokenizer, [151643])
-    runs: list[tuple[Renderer, dict[str, Any]]] = [(renderer, {"system": "a"}), (renderer, {"system": "b"})]
-    runs += [(renderer, {"input_join": "+"}), (renderer, {"train_on": "last_turn"}), (off, {"system": "a"})]
-    runs += [(other_stop, {"system": "a"}), (renderer, {"overlong": "cut_prompt"})]
+
+    def other(**more: Any) -> Renderer:
+        return build_renderer(renderer.tokenizer, more.pop("stops", [151645, 151643]), **more)
+
+    off = other(template_kwargs={"enable_thinking": False}, system="a")
+    runs: list[tuple[Renderer, dict[str, Any]]] = [(other(system="a"), {}), (other(system="b"), {}), (off, {})]
+    runs += [(other(system="a", stops=[151643]), {}), (other(system="a"), {"input_join": "+"})]
+    runs += [(other(system="a"), {"train_on": "last_turn"}), (other(system="a"), {"overlong": "cut_prompt"})]
     for some, keys in runs:
         before = len(counts)
         _prepare(mixed, some, **keys)
         assert len(counts) > before, keys
     mixed.write_text(mixed.read_text(encoding="utf-8").replace("Yo.", "Ya."), encoding="utf-8")
     before = len(counts)
-    _prepare(mixed, renderer, system="a")
+    _prepare(mixed, other(system="a"))
     assert len(counts) > before
 
 
@@ -535,8 +541,8 @@ def test_batches_change_nothing(size: int, mixed: Path, renderer: Renderer, monk
 def test_progress_counts_the_rows(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "BATCH_ROWS", 2)
     counts: list[int] = []
-    config = Config(data=[str(mixed)], max_length=60, system="progress")
-    prepare(config, renderer, on_progress=counts.append)
+    some = build_renderer(renderer.tokenizer, [151645, 151643], system="progress")
+    prepare(Config(data=[str(mixed)], max_length=60), some, on_progress=counts.append)
     assert counts == sorted(counts)
     assert counts[-1] == 12
     assert len(counts) >= 4

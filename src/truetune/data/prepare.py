@@ -43,9 +43,7 @@ MAX_CACHED = 8
 STORE_VERSION = 1
 """Of how rows become prepared rows: another number, and nothing prepared before is used."""
 
-DATA_KEYS = (
-    *("encoding", "system", "input_join", "template", "chat_template_kwargs", "train_on", "max_length", "overlong"),
-)
+DATA_KEYS = ("encoding", "input_join", "train_on", "max_length", "overlong")
 
 Progress = Callable[[int], None]
 
@@ -137,7 +135,8 @@ def _cache_key(files: Sequence[Source], config: Config, renderer: Renderer) -> s
         keys,
         renderer.chat_template,
         renderer.stop_ids,
-        renderer.date,
+        renderer.system,
+        renderer.template_kwargs,
     ]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     digest.update(hash_files(file.path for file in files).encode())

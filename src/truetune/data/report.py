@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Tally:
     def to_json(self) -> str:
         """Return the tally as text."""
         refused = [(row.key, row.where, row.fix, {k: str(v) for k, v in row.values.items()}) for row in self.refused]
-        return json.dumps(asdict(self) | {"refused": refused})
+        return json.dumps(vars(self) | {"refused": refused})
 
     @classmethod
     def from_json(cls, text: str) -> Tally:
