@@ -222,7 +222,7 @@ def _read_csv(path: Path, stream: IO[bytes], encoding: str, *, delimiter: str) -
 
 
 def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowError]:
-    header = next(reader, [])
+    header: list[str] = next(reader, [])
     if not any(header):
         raise UserError("data_empty", where=str(path), fix="data_empty")
     is_divided_otherwise = len(header) == 1 and delimiter == "," and ";" in header[0]
