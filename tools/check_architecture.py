@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.turns": {"errors", "records", "data.json_rows"},
     "data.formats": {"records", "data.turns"},
     "data.encode": set(),
-    "data.template": {"errors", "records", "data.encode", "data.turns"},
+    "data.jinja": {"errors"},
+    "data.template": {"errors", "records", "data.encode", "data.jinja", "data.turns"},
     "data.lengths": {"errors", "records", "data.template", "data.turns"},
     "data.store": {"records"},
     "data.report": {

@@ -199,7 +199,8 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     """Replace every "auto" that is left by a value, and choose the held-out rows that are evaluated."""
     config, prepared = settings.config, flight.prepared
     steps = prepared.report.steps
-    num_trained_rows = min(steps * config.rows_per_step, int(len(prepared.train) * config.num_train_epochs + 1))
+    num_rows = len(prepared.train) if prepared.mix is None else len(prepared.mix)
+    num_trained_rows = min(steps * config.rows_per_step, int(num_rows * config.num_train_epochs + 1))
     held_out = list(prepared.held_out if config.eval_data else limit_rows(prepared.held_out, num_trained_rows))
     chosen: dict[str, Any] = {}
     if config.eval_steps == "auto":

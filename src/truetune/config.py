@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,16 +30,21 @@ def _split_words(value: Any) -> Any:
 def _parse_mapping(value: Any) -> Any:
     """`--chat-template-kwargs '{enable_thinking: false}'`: YAML or JSON text makes a mapping."""
     try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        mapping = yaml.safe_load(value) if isinstance(value, str) else value
+        json.dumps(mapping, sort_keys=True)
+    except TypeError:
+        raise ValueError("a value is no text, number, true, false, null, list or mapping; quote dates") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {getattr(error, 'problem', error)}") from None
+    return mapping
 
 
 def _known_encoding(value: str) -> str:
     """Return the encoding's own name: "GBK" and "gbk" are one."""
     try:
+        "".encode(value)
         return codecs.lookup(value).name
-    except LookupError:
+    except (LookupError, TypeError):
         raise ValueError(f"unknown encoding {value!r}") from None
 
 

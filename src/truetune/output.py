@@ -97,7 +97,7 @@ def _write_use(folder: Path, *, flight: Preflight) -> None:
     """Write beside an adapter what its use needs: template, probes."""
     (folder / TEMPLATE_FILE).write_text(flight.renderer.chat_template, encoding="utf-8")
     rows = [*flight.prepared.held_out[: identity.NUM_PROBES], *flight.prepared.train[: identity.NUM_PROBES]]
-    prompts = [row.prompt for row in rows]
+    prompts = [row.prompt for row in rows if row.prompt]
     identity.write(folder, flight.renderer, prompts=prompts, base=flight.base.reference())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,8 +161,8 @@ def test_row_that_cannot_be_used(case: str, renderer: Renderer, tmp_path: Path) 
     path.write_text(source + "\n", encoding="utf-8")
     report = _prepare(path, renderer).report
     assert (report.rows_read, report.rows_used, report.rows_refused) == (1, 0, 1)
-    shape = text(f"error.{key}", **_Blanks())
-    assert report.refused[0].reason.startswith(shape.split("\0")[0])
+    shape = re.escape(text(f"error.{key}", **_Blanks())).replace("\0", ".*")
+    assert re.fullmatch(shape, report.refused[0].reason, re.DOTALL)
 
 
 class _Blanks:
@@ -331,8 +332,6 @@ def test_few_and_many_rows(num_rows: int, renderer: Renderer, write_json: Callab
 
 def test_every_number_is_met() -> None:
     """Of D1 to D52; D34, D35, D49, D50, D51, D52 and others have tests of their own, named in their docstrings."""
-    import re
-
     source = Path(__file__).read_text(encoding="utf-8")
     source += (Path(__file__).parent / "test_sources.py").read_text(encoding="utf-8")
     met = {int(number) for number in re.findall(r"\bD(\d+)\b", source)}

@@ -488,7 +488,7 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x":  1}'])
 def test_tools_and_their_calls(tools: Any, arguments: Any) -> None:
-    """Arguments stay as they are written; ShareGPT's words for them say the same."""
+    """Of a row, arguments stay as they are written; ShareGPT's words for them say the same."""
     result = {"role": "tool", "content": "2"}
     messages = [_user("a"), _call("f", arguments), result, _assistant("b")]
     found = _convert({"messages": messages, "tools": tools})

@@ -59,7 +59,7 @@ def test_columns_say_what_the_rows_say(numbers: list[int], stored: StoredRows) -
     assert chosen.lengths(0).tolist() == [len(pair.prompt_ids) for pair in pairs]
     assert chosen.lengths(1).tolist() == [len(pair.answer_ids) for pair in pairs]
     assert chosen.total("num_template_tokens") == sum(pair.num_template_tokens for pair in pairs)
-    assert chosen.longest_pairs().tolist() == [max(map(len, (*row.pairs, *row.rejected))) for row in rows]
+    assert chosen.longest_pairs().tolist() == [max(map(len, row.pairs)) for row in rows]
     assert chosen.of_rows("source").tolist() == [number % 2 for number in numbers]
     assert chosen.of_rows("has_system").astype(bool).tolist() == [number % 5 == 0 for number in numbers]
 
@@ -69,7 +69,7 @@ def test_hashes_tell_rows_apart(tmp_path: Path) -> None:
     pairs = [Pair((1, 2), (3,)), Pair((1, 2), (4,)), Pair((1,), (2, 3)), Pair((5, 2), (3,)), Pair((1, 2), (3,))]
     with RowWriter(tmp_path / "rows.arrow") as writer:
         for number, pair in enumerate(pairs):
-            writer.add(Row(number, "x:1", (pair,)))
+            writer.add(Row(number, "x:1", (pair,), ({"role": "user", "content": "q"},)))
     stored = StoredRows(tmp_path / "rows.arrow")
     kinds = {name: stored.of_rows(name).tolist() for name in ("prompt_hash", "row_hash", "answer_hash")}
     same = {name: [values.index(value) for value in values] for name, values in kinds.items()}

@@ -17,6 +17,7 @@ from truetune.errors import UserError
 FILE_NAME = "dataset_info.json"
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 KEPT_COLUMNS = ("system", "history", "tools", "chosen", "rejected")
+KNOWN_COLUMNS = {*ALPACA_COLUMNS.values(), *KEPT_COLUMNS, "messages", "conversations"}
 ROLE_TAGS = {
     "user_tag": "human",
     "assistant_tag": "gpt",
@@ -31,7 +32,8 @@ ROLE_TAGS = {
 class Names:
     """How a data set's own names become those of a known format. `columns`: its name → ours; `roles`: the same.
 
-    `turns`: the column that holds turns, if there is one; `role_key` and `content_key`: what its turns call them.
+    `is_complete`: whether known names that it does not name are left out, as LLaMA-Factory does where `columns` is
+    given. `turns`: the column that holds turns, if there is one; `role_key`, `content_key`: what its turns call them.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
@@ -39,14 +41,19 @@ class Names:
     turns: str | None = None
     role_key: str = "from"
     content_key: str = "value"
+    is_complete: bool = False
 
     def known(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row in known names; what has none keeps its own."""
-        renamed = {self.columns.get(key, key): value for key, value in row.items()}
+        renamed = {self.columns.get(key, self._unnamed(key)): value for key, value in row.items()}
         for key in (self.turns, "chosen", "rejected") if self.turns else ():
             if key in renamed:
                 renamed[key] = self._turns(renamed[key])
         return renamed
+
+    def _unnamed(self, key: str) -> str:
+        """Return a key that the description does not name: a known one does not count where others are named."""
+        return f"{key} (not in columns)" if self.is_complete and key in KNOWN_COLUMNS else key
 
     def _turns(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -55,7 +62,8 @@ class Names:
             return value
         rest = {key: item for key, item in value.items() if key not in (self.role_key, self.content_key)}
         role = value[self.role_key]
-        return {"from": self.roles.get(role, role), "value": value.get(self.content_key), **rest}
+        role = self.roles.get(role, role) if isinstance(role, str) else role
+        return {"from": role, "value": value.get(self.content_key), **rest}
 
 
 def read_info(path: Path, name: str | None) -> list[tuple[Path, Names]]:
@@ -67,7 +75,9 @@ def read_info(path: Path, name: str | None) -> list[tuple[Path, Names]]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError("data_info", where=str(path), fix="data_info", problem=error) from None
-    if not isinstance(told, dict) or not all(isinstance(value, dict) for value in told.values()):
+    entries = told.values() if isinstance(told, dict) else [None]
+    parts = [value.get(name) or {} for value in entries if isinstance(value, dict) for name in ("columns", "tags")]
+    if not all(isinstance(value, dict) for value in (*entries, *parts)):
         raise UserError("data_info", where=str(path), fix="data_info", problem="no object of objects")
     if name is not None and name not in told:
         raise UserError("data_info_name", where=f"{path}:{name}", fix="data_info_name", names=", ".join(told))
@@ -83,12 +93,13 @@ def read_info(path: Path, name: str | None) -> list[tuple[Path, Names]]:
 
 def _names(told: dict[str, Any]) -> Names:
     """Return the names that one entry describes."""
-    columns = told.get("columns") or {}
+    columns, tags = (told.get(name) or {} for name in ("columns", "tags"))
     if told.get("formatting", "alpaca") == "sharegpt":
-        tags = told.get("tags") or {}
         turns = columns.get("messages", "conversations")
         roles = {tags.get(tag, role): role for tag, role in ROLE_TAGS.items()}
         renamed = {turns: "conversations"} | {columns[key]: key for key in KEPT_COLUMNS if key in columns}
-        return Names(renamed, roles, "conversations", tags.get("role_tag", "from"), tags.get("content_tag", "value"))
+        keys = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+        return Names(renamed, roles, "conversations", *keys, is_complete=bool(columns))
     renamed = {columns[key]: ours for key, ours in ALPACA_COLUMNS.items() if columns.get(key)}
-    return Names(renamed | {columns[key]: key for key in KEPT_COLUMNS if columns.get(key)})
+    renamed |= {columns[key]: key for key in KEPT_COLUMNS if columns.get(key)}
+    return Names(renamed, is_complete=bool(columns))

@@ -20,10 +20,11 @@ MARKERS = re.compile("[\U000f0000\U000f0001]")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids of one text; `encoding` is the Rust tokenizer's, None for a text with marks."""
+    """Ids of one text. `encoding`: the Rust tokenizer's, None for a text with marks. `problem`: why there are none."""
 
     ids: list[int]
     encoding: Any = None
+    problem: str = ""
 
     def num_tokens(self, start: int, stop: int) -> int | None:
         """Return how many tokens show the characters from `start` to before `stop`; None if that is not known."""
@@ -48,13 +49,29 @@ class Encoder:
         found: list[Encoded | None] = [None] * len(texts)
         for number, encoding in zip(plain, self._encode_plain([texts[number] for number in plain]), strict=True):
             found[number] = Encoded(encoding.ids, encoding)
-        return [some or Encoded(self.encode_marked(text)) for some, text in zip(found, texts, strict=True)]
+        return [some or self._encode_one(text) for some, text in zip(found, texts, strict=True)]
 
     def encode_marked(self, text: str) -> list[int]:
         """Return the ids of one text by transformers' own code."""
         with self._lock:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
         return ids
+
+    def _encode_one(self, text: str) -> Encoded:
+        try:
+            return Encoded(self.encode_marked(text))
+        except ValueError as error:  # a token that this tokenizer makes of plain text, too
+            return Encoded([], problem=str(error))
+
+    def encode_checked(self, text: str) -> list[int]:
+        """Return the ids of one text.
+
+        Raises: ValueError if the tokenizer makes a control token of what a user wrote.
+        """
+        (found,) = self.encode([text])
+        if found.problem:
+            raise ValueError(found.problem)
+        return found.ids
 
     def marked(self, value: Any) -> Any:
         """Return a text, or the texts inside a value, with control tokens marked, as the template is to see them."""

@@ -40,6 +40,8 @@ def to_conversation(row: RawRow, *, input_join: str = "\n") -> Conversation:
         check_order(row.where, conversation.messages)
         if conversation.rejected:
             check_order(row.where, conversation.rejected, name="rejected")
+            if not (is_target(conversation.messages[-1]) and is_target(conversation.rejected[-1])):
+                refuse(row.where, "row_nothing_learned", fix="row_nothing_learned")
         check_calls(row.where, conversation.messages, tools=conversation.tools)
         if not any(map(is_target, conversation.messages)):
             refuse(row.where, "row_nothing_learned", fix="row_nothing_learned")
@@ -141,19 +143,15 @@ def _from_texts(row: RawRow, _input_join: str, *, question: str, answer: str) ->
     if all(isinstance(value, list) for value in values):
         turns = [turn for name in (question, answer) for turn in read_turns(row.where, row.value[name], name=name)]
         return _with_tools(row, turns)
-    turns = [*_before(row), _user(_text(row, question)), _assistant(_text(row, answer))]
-    return Conversation(row.where, tuple(turns))
+    return _with_tools(row, [_user(_text(row, question)), _assistant(_text(row, answer))])
 
 
 def _from_turns(row: RawRow, _input_join: str, *, name: str) -> Conversation:
-    turns = read_turns(row.where, row.value[name], name=name)
-    if row.value.get("system") not in (None, "") and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": _text(row, "system")})
-    return _with_tools(row, turns)
+    return _with_tools(row, read_turns(row.where, row.value[name], name=name))
 
 
 def _with_tools(row: RawRow, turns: Turns) -> Conversation:
-    return Conversation(row.where, tuple(turns), tools=read_tools(row.where, row.value.get("tools")))
+    return Conversation(row.where, (*_before(row), *turns), tools=read_tools(row.where, row.value.get("tools")))
 
 
 def _from_preference(row: RawRow, input_join: str) -> Conversation:
@@ -162,17 +160,18 @@ def _from_preference(row: RawRow, input_join: str) -> Conversation:
     if "conversations" in row.value:
         prompt = read_turns(row.where, row.value["conversations"], name="conversations")
     elif "instruction" in row.value:
-        prompt = [*_before(row), _instruction(row, input_join)]
+        prompt = [_instruction(row, input_join)]
     elif "prompt" not in row.value:
         prompt = []
     elif isinstance(row.value["prompt"], list):
         prompt = read_turns(row.where, row.value["prompt"], name="prompt")
     else:
-        prompt = [*_before(row), _user(_text(row, "prompt"))]
+        prompt = [_user(_text(row, "prompt"))]
     if chosen == rejected:
         refuse(row.where, "row_same_answers", fix="row_same_answers")
     tools = read_tools(row.where, row.value.get("tools"))
-    return Conversation(row.where, (*prompt, *chosen), tools=tools, rejected=(*prompt, *rejected))
+    before = (*_before(row), *prompt)
+    return Conversation(row.where, (*before, *chosen), tools=tools, rejected=(*before, *rejected))
 
 
 def _answer(row: RawRow, name: str) -> Turns:
@@ -187,12 +186,12 @@ def _from_text(row: RawRow, _input_join: str) -> Conversation:
 
 
 _BEFORE = frozenset({"system", "history"})
-_TURNS = frozenset({"system", "tools"})
+_TURNS = _BEFORE | {"tools"}
 
 
 def _texts(question: str, answer: str) -> Format:
     convert = partial(_from_texts, question=question, answer=answer)
-    return Format(frozenset({question, answer}), _BEFORE | {"tools"}, convert)
+    return Format(frozenset({question, answer}), _TURNS, convert)
 
 
 def _preference(*prompt: str, may: frozenset[str] = _TURNS) -> Format:
@@ -201,8 +200,8 @@ def _preference(*prompt: str, may: frozenset[str] = _TURNS) -> Format:
 
 FORMATS: dict[str, Format] = {
     "preference (conversations)": _preference("conversations"),
-    "preference (instruction)": _preference("instruction", may=_BEFORE | {"input"}),
-    "preference": _preference("prompt", may=_BEFORE | {"tools"}),
+    "preference (instruction)": _preference("instruction", may=_TURNS | {"input"}),
+    "preference": _preference("prompt"),
     "preference (two conversations)": _preference(),
     "alpaca": Format(frozenset({"instruction", "output"}), _BEFORE | {"input"}, _from_alpaca),
     "messages": Format(frozenset({"messages"}), _TURNS, partial(_from_turns, name="messages")),

@@ -51,7 +51,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-_LENIENT = json.JSONDecoder()
+_LENIENT = json.JSONDecoder(parse_int=str)
 
 
 def read_json(name: str, stream: IO[bytes], *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
@@ -85,6 +85,7 @@ class _Window:
             raise UserError("data_utf16", where=name, fix="data_utf16", path=name)
         self._take(first)
         self.position = int(self.text.startswith("\ufeff"))
+        self._column = -self.position
 
     def rest(self) -> str:
         """Return the next character, "" at the end."""
@@ -112,7 +113,7 @@ class _Window:
     def record(self) -> Any:
         """Decode the value at `position` and go behind it.
 
-        Raises: JSONDecodeError or RecursionError with a position in `text`; _Duplicate or _Constant, behind the value.
+        Raises: JSONDecodeError or RecursionError with a position in `text`; another ValueError, behind the value.
         """
         fault: ValueError | None = None
         decoder = _STRICT
@@ -123,7 +124,7 @@ class _Window:
                 is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _NEAR_END
                 if not is_cut or not self.more():
                     raise
-            except (_Duplicate, _Constant) as error:
+            except ValueError as error:  # a key twice, NaN, a number too long for Python
                 fault, decoder = error, _LENIENT
             else:
                 # A number at the end of a chunk may go on in the next.
@@ -183,6 +184,9 @@ class _Window:
             self.text += self._decoder.decode(chunk, final=self.is_end)
         except UnicodeDecodeError as error:
             raise self._bad_encoding(error, self._num_bytes - pending) from None
+        except UnicodeError:  # UTF-16 without its mark
+            told = {"byte": self._num_bytes, "encoding": self.encoding.upper(), "path": self.name}
+            raise UserError("data_not_utf8", where=f"{self.name}:1", fix="data_not_utf8", **told) from None
         self._num_bytes += len(chunk)
 
     def _bad_encoding(self, error: UnicodeDecodeError, offset: int) -> UserError:
@@ -211,7 +215,7 @@ def _is_gbk(line: bytes) -> bool:
 
 def _read_array(window: _Window) -> Iterator[RawRow | RowError]:
     """Walk the elements of a top-level array."""
-    number, where = 0, ""
+    number, last_place = 0, ""
     window.position += 1
     window.skip_blank()
     if window.rest() == "]":
@@ -220,7 +224,7 @@ def _read_array(window: _Window) -> Iterator[RawRow | RowError]:
         number += 1
         # Several rows on one line (json.dump writes all on the first): the number tells them apart.
         place = window.where()
-        where = f"{place}#{number}" if where.partition("#")[0] == place else place
+        where, last_place = f"{place}#{number}" if last_place == place else place, place
         yield _row_at(window, where, number)
         window.skip_blank()
         if window.rest() != ",":
@@ -244,10 +248,11 @@ def _row_at(window: _Window, where: str, number: int) -> RawRow | RowError:
         return _as_row(where, window.record())
     except _Duplicate as error:
         return RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
-    except _Constant as error:
-        return RowError("row_not_json", where=where, fix="row_constant", problem=str(error), context="")
     except (json.JSONDecodeError, RecursionError) as error:
         raise _not_json(window, error, number) from None
+    except ValueError as error:
+        fix = "row_constant" if isinstance(error, _Constant) else "data_not_json"
+        return RowError("row_not_json", where=where, fix=fix, problem=str(error), context="")
 
 
 def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
@@ -266,7 +271,8 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
                 raise _behind(window, "text behind the object")
             return
         number += 1
-        row = _row_of(window.where(), content, record=number if window.is_last(line) else None)
+        may_be_cut = content.startswith("{") and window.is_last(line)
+        row = _row_of(window, content, record=number if may_be_cut else None)
         if number == 1 and isinstance(row, RowError) and row.key == "row_not_json" and not content.startswith("{"):
             raise UserError("data_not_json", where=row.where, fix=row.fix, **row.values)
         yield row
@@ -274,8 +280,9 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
         window.skip_blank()
 
 
-def _row_of(where: str, line: str, *, record: int | None) -> RawRow | RowError:
+def _row_of(window: _Window, line: str, *, record: int | None) -> RawRow | RowError:
     """Decode one line; a fault in it is the row's. `record`: its number if it is the file's last, which may be cut."""
+    where, indent = window.where(), window.text.index(line, window.position) - window.position
     try:
         return _as_row(where, _STRICT.decode(line))
     except _Duplicate as error:
@@ -286,10 +293,14 @@ def _row_of(where: str, line: str, *, record: int | None) -> RawRow | RowError:
     except json.JSONDecodeError as error:
         at, problem, fix = error.pos, error.msg, _fix_of(line, error.pos)
         if record is not None and _is_cut(line[at:], error):
-            return RowError("data_cut", where=f"{where}:{at + 1}", fix="data_cut", record=record)
+            return RowError("data_cut", where=f"{where}:{indent + at + 1}", fix="data_cut", record=record)
     except RecursionError:
         at, problem, fix = 0, "nested too deeply", "data_not_json"
-    return RowError("row_not_json", where=f"{where}:{at + 1}", fix=fix, problem=problem, context=_around(line, at))
+    except ValueError as error:
+        at, problem, fix = 0, str(error), "data_not_json"
+    return RowError(
+        "row_not_json", where=f"{where}:{indent + at + 1}", fix=fix, problem=problem, context=_around(line, at)
+    )
 
 
 def _as_row(where: str, value: Any) -> RawRow | RowError:

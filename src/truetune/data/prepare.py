@@ -6,7 +6,9 @@ While rows are rendered in Python, another thread has the rows before them turne
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +24,7 @@ from truetune.data.encode import Encoded
 from truetune.data.formats import format_of, ignored_keys, to_conversation
 from truetune.data.lengths import check_lengths, cut_prompts
 from truetune.data.report import Tally, make_report
-from truetune.data.sources import Source, find_files, read_rows
+from truetune.data.sources import Source, find_files, read_rows, state_of
 from truetune.data.store import RowFacts, RowWriter, StoredRows
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
 from truetune.data.turns import is_target
@@ -74,6 +76,8 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
     train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
     mix = Mix(train.of_rows("source"), tuple(config.data_weights)) if config.data_weights else None
+    if mix is not None and len(mix) == 0:
+        raise UserError("no_rows", where="data_weights", fix="no_rows")
     report = make_report(config, renderer, tally=tally, sides=(train, held_out), mix=mix, lang=lang)
     digest = hashlib.sha256()
     for side in (train, held_out):
@@ -106,14 +110,20 @@ def _stored(
     """Return the prepared rows of the files: those of an earlier time if nothing that matters has changed since."""
     folder = cache_dir() / "prepared"
     folder.mkdir(parents=True, exist_ok=True)
+    states = [state_of(file.path) for file in files]
     name = _cache_key(files, config, renderer)
     path, tally_path = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (path.is_file() and tally_path.is_file()):
-        unfinished = folder / f"{name}.unfinished"
+        unfinished = folder / f"{name}.{os.getpid()}.unfinished"
         with RowWriter(unfinished) as writer:
             tally = _prepare_rows(files, config, renderer, writer=writer, on_progress=on_progress)
+        if [state_of(file.path) for file in files] != states:
+            raise UserError("data_changed", where=str(files[0].path), fix="data_changed")
+        # The tally first: rows without it are prepared again.
+        unfinished_tally = unfinished.with_suffix(".tally")
+        unfinished_tally.write_text(tally.to_json(), encoding="utf-8")
+        unfinished_tally.replace(tally_path)
         unfinished.replace(path)
-        tally_path.write_text(tally.to_json(), encoding="utf-8")
         _prune(folder, keep=path)
     return StoredRows(path), Tally.from_json(tally_path.read_text(encoding="utf-8"))
 
@@ -131,6 +141,7 @@ def _cache_key(files: Sequence[Source], config: Config, renderer: Renderer) -> s
     keys = {name: getattr(config, name) for name in DATA_KEYS}
     told = [
         STORE_VERSION,
+        [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
         [repr(file) for file in files],
         keys,
         renderer.chat_template,
@@ -233,7 +244,8 @@ def _finish(batch: _Batch, config: Config, renderer: Renderer, *, writer: RowWri
 
 
 def _fitting(conversation: Conversation, pairs: list[Pair], config: Config, renderer: Renderer) -> list[Pair]:
-    if config.overlong == "refuse" or max(map(len, pairs)) <= config.max_length:
+    is_text = conversation.text is not None
+    if is_text or config.overlong == "refuse" or max(map(len, pairs)) <= config.max_length:
         return pairs
     is_last_only = config.train_on == "last_turn"
     return cut_prompts(

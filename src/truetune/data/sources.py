@@ -35,7 +35,8 @@ MAX_EXPANSION, MIN_EXPANDED = 1000, 1 << 30
 """A compressed file that grows beyond both is taken for a bomb."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-HELD_OUT = re.compile(r"test|valid|dev|eval", re.IGNORECASE)
+HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "evaluation"}
+NO_ROWS = {FILE_NAME, "dataset_infos.json"}
 MAX_FIELD_CHARS = 100_000_000
 
 
@@ -101,10 +102,11 @@ def _hub_files(name: str, hub: str) -> list[Path]:
     owner, _, split = name.partition(":")
     folder = fetch(owner, revision="main", hub=hub, kind="dataset")
     found = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
-    names = {file: file.relative_to(folder).as_posix() for file in found}
-    chosen = [file for file in found if (split or "train") in names[file]]
+    names = {file: file.relative_to(folder).as_posix() for file in found if file.name not in NO_ROWS}
+    words = {file: set(re.split(r"[/._-]", name.lower())) for file, name in names.items()}
+    chosen = [file for file in names if (split or "train") in words[file]]
     if not split and not chosen:
-        chosen = [file for file in found if not HELD_OUT.search(names[file])]
+        chosen = [file for file in names if not HELD_OUT & words[file]]
     if not chosen:
         raise UserError("data_hub_files", where=name, fix="data_hub_files", names=", ".join(names.values()) or "-")
     return chosen
@@ -141,7 +143,7 @@ def read_rows(source: Source, *, encoding: str = "utf-8") -> Iterator[RawRow | R
 
 
 def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
-    before = _state(path)
+    before = state_of(path)
     kind = _kind(path)
     if kind in REFUSED_SUFFIXES:
         raise UserError("data_kind", where=str(path), fix=REFUSED_SUFFIXES[kind], kind=kind, path=str(path))
@@ -156,14 +158,19 @@ def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
                     yield from read_json(str(path), stream, encoding=encoding)
     except (OSError, EOFError, pa.ArrowException) as error:
         raise UserError("data_unreadable", where=str(path), fix="data_unreadable", problem=error) from None
-    if _state(path) != before:
+    if state_of(path) != before:
         raise UserError("data_changed", where=str(path), fix="data_changed")
 
 
-def _state(path: Path) -> tuple[int, int]:
-    """Return size and time of change; a file that is written while it is read shows it here."""
+def state_of(path: Path) -> tuple[int, int]:
+    """Return size and time of change; a file that is written while it is read shows it here.
+
+    Raises: UserError if it is no regular file, or cannot be opened.
+    """
     try:
         found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            path.open("rb").close()
     except OSError as error:
         raise UserError("data_unreadable", where=str(path), fix="data_unreadable", problem=error) from None
     if not stat.S_ISREG(found.st_mode):
@@ -206,19 +213,36 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_csv(path: Path, stream: IO[bytes], encoding: str, *, delimiter: str) -> Iterator[RawRow | RowError]:
     """Read RFC 4180: a header, quoted fields that may hold line breaks. All values stay text."""
-    binary = io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
     codec = "utf-8-sig" if encoding == "utf-8" else encoding
-    with io.TextIOWrapper(binary, encoding=codec, newline="") as text:
+    with io.TextIOWrapper(_buffered(stream), encoding=codec, newline="") as text:
         csv.field_size_limit(MAX_FIELD_CHARS)
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             yield from _csv_rows(path, reader, delimiter)
         except csv.Error as error:
             raise UserError("data_csv", where=f"{path}:{reader.line_num}", fix="data_csv", problem=error) from None
-        except UnicodeDecodeError as error:
-            where = f"{path}:{reader.line_num + 1}"
-            told = {"byte": error.start, "encoding": encoding.upper(), "path": str(path)}
-            raise UserError("data_not_utf8", where=where, fix="data_not_utf8", **told) from None
+        except UnicodeError:
+            raise _bad_text(path, encoding) from None
+
+
+def _bad_text(path: Path, encoding: str) -> UserError:
+    """Return the error of the first line that is not in an encoding: a text reader decodes far ahead of it."""
+    number, offset = 0, 0
+    with _open(path) as stream:
+        for content in _buffered(stream):
+            number += 1
+            try:
+                content.decode(encoding)
+            except UnicodeError as error:
+                offset += getattr(error, "start", 0)
+                break
+            offset += len(content)
+    told = {"byte": offset, "encoding": encoding.upper(), "path": str(path)}
+    return UserError("data_not_utf8", where=f"{path}:{max(number, 1)}", fix="data_not_utf8", **told)
+
+
+def _buffered(stream: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
 
 
 def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowError]:
@@ -249,4 +273,11 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
             for value in batch.to_pylist():
                 number += 1
                 # A column that a row does not fill is null: the same as if the row had no such key.
-                yield RawRow(f"{path}:{number}", {key: item for key, item in value.items() if item is not None})
+                yield RawRow(f"{path}:{number}", _without_nulls(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -72,11 +72,12 @@ class RowWriter:
 
     def add(self, row: Row, facts: RowFacts = RowFacts()) -> None:
         """Append a row."""
-        first, *_ = row.pairs
+        row_hash = _hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids)))
         once: dict[str, Any] = {
             "where": row.where,
-            "prompt_hash": _hash_of(first.prompt_ids),
-            "row_hash": _hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids))),
+            # Plain text has no prompt: what two texts begin with says nothing of them.
+            "prompt_hash": _hash_of(row.pairs[0].prompt_ids) if row.prompt else row_hash,
+            "row_hash": row_hash,
             "answer_hash": _hash_of(row.pairs[-1].answer_ids),
             "source": facts.source,
             "has_system": facts.has_system,
@@ -246,10 +247,11 @@ class StoredRows(Sequence[Row]):
         return found
 
     def longest_pairs(self) -> np.ndarray:
-        """Return the tokens of each row's longest pair."""
+        """Return the tokens of each row's longest learned pair."""
         if not len(self):
             return np.zeros(0, np.int64)
-        longest: np.ndarray = np.maximum.reduceat(self._file.lengths(0, 1), self._file.starts[:-1])[self.numbers]
+        lengths = np.where(self._file.column("is_rejected").astype(bool), 0, self._file.lengths(0, 1))
+        longest: np.ndarray = np.maximum.reduceat(lengths, self._file.starts[:-1])[self.numbers]
         return longest
 
     def update_hash(self, digest: hashlib._Hash) -> None:

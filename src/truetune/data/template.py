@@ -15,46 +15,26 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import re
-import signal
-import threading
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from truetune.data.encode import MARKERS, Encoded, Encoder
+from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, freeze_clock, limited
 from truetune.data.turns import is_target
 from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Message, Pair, first_difference
 
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "instruction-response": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + message['content'] + (eos_token or '') + '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-}
-"""For tokenizers without a chat template of their own; written out with the adapter."""
-
 OPEN_THINKING, CLOSE_THINKING = "<think>", "\n</think>\n\n"
 TEMPLATE_FILE = "chat_template.jinja"
 CHATML_STOP = "<|im_end|>"
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 TIME_LIMIT_S = 20
 """Of one call of a template; a template from a model folder may loop for ever."""
 
 Tools = Sequence[dict[str, Any]] | None
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +80,7 @@ class Renderer:
         """sha256 of the tokenizer: of its Rust part, or of its files where it has none."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told = backend.to_str() if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
+        told += str(sorted(self.tokenizer.special_tokens_map.items()))
         return hashlib.sha256(told.encode()).hexdigest()
 
     @property
@@ -128,7 +109,7 @@ class Renderer:
         """
         marked = self._encoder.marked(_known(self._with_system(messages)))
         try:
-            return self._encoder.encode([self._render(marked, prompt=True, tools=tools)])[0].ids
+            return self._encoder.encode_checked(self._render(marked, prompt=True, tools=tools))
         except TEMPLATE_ERRORS as error:
             raise UserError("template_raised", where="chat template", fix="template_raised", problem=error) from None
 
@@ -191,8 +172,8 @@ class Renderer:
 
     def _turns(self, conversation: Conversation, *, last_turn_only: bool) -> list[_Turn] | RowError:
         """Return the turns that are learned; behind them, of a preference pair, the rejected answer."""
-        said = [str(value) for message in conversation.messages for value in message.values()]
-        if any(map(MARKERS.search, [*said, conversation.text or ""])):
+        said = (conversation.messages, conversation.rejected, conversation.tools, conversation.text)
+        if any(map(MARKERS.search, _texts_in(said))):
             return RowError("row_private_character", where=conversation.where, fix="row_bad_character")
         turns: list[_Turn] = []
         for messages in filter(None, (conversation.messages, conversation.rejected)):
@@ -240,6 +221,9 @@ class Renderer:
         return Draft("", self._encoder.marked(text), None)
 
     def _pair(self, where: str, draft: Draft, prompt: Encoded, rest: Encoded) -> Pair:
+        problem = prompt.problem or rest.problem
+        if problem:
+            raise RowError("template_raised", where=where, fix="template_raised", problem=problem)
         if draft.given is None:
             bos_id = self.tokenizer.bos_token_id
             ids = [*([] if bos_id is None else [bos_id]), *rest.ids, self.stop_ids[0]]
@@ -293,7 +277,7 @@ class Renderer:
 
     def _render_many(self, conversations: list[list[Message]], *, prompt: bool, tools: Tools = None) -> list[str]:
         """Return the rendered texts of marked conversations."""
-        with _limited(TIME_LIMIT_S):
+        with limited(TIME_LIMIT_S):
             texts: list[str] = self.tokenizer.apply_chat_template(
                 conversations,
                 tools=None if tools is None else self._encoder.marked(list(tools)),
@@ -306,11 +290,33 @@ class Renderer:
 
 
 def _known(messages: Sequence[Message]) -> list[Message]:
-    """Return messages without what is the program's own."""
-    return [
-        {key: value for key, value in message.items() if key != "is_target"} if "is_target" in message else message
-        for message in messages
-    ]
+    """Return messages as templates know them: without what is the program's own, arguments of calls as objects.
+
+    OpenAI's arguments are JSON text, which a template that writes JSON would write as text in quotes.
+    """
+    known = []
+    for message in messages:
+        if "is_target" in message:
+            message = {key: value for key, value in message.items() if key != "is_target"}
+        if message.get("tool_calls"):
+            message = message | {"tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+        known.append(message)
+    return known
+
+
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    return call | {"function": function | {"arguments": json.loads(arguments)}} if isinstance(arguments, str) else call
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield every text inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
 
 
 def _num_given_tokens(encoder: Encoder, draft: Draft, rest: Encoded, text: str) -> int:
@@ -323,43 +329,10 @@ def _num_given_tokens(encoder: Encoder, draft: Draft, rest: Encoded, text: str) 
     return len(encoder.encode_marked(shown)) if num_tokens is None else num_tokens
 
 
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """End the block with a ValueError after some time. Only the main thread can be interrupted; elsewhere no limit."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise ValueError(f"the template was not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _shown(text: str, width: int = 60) -> str:
     """Return the start of a text for an error message, markers dropped."""
     text = MARKERS.sub("", text)
     return repr(text if len(text) <= width else text[:width] + "…")
-
-
-def freeze_clock(chat_template: str, date: datetime.date) -> str:
-    """Return the template with every `strftime_now("...")` replaced by the date, so that all tools render it alike.
-
-    Raises: UserError if the template reads its clock in another way.
-
-    >>> freeze_clock("{{ strftime_now('%d %b %Y') }}", datetime.date(2024, 11, 25))
-    '{{ "25 Nov 2024" }}'
-    """
-    frozen = _CLOCK.sub(lambda match: f'"{date.strftime(match[2])}"', chat_template)
-    if "strftime_now(" in frozen:
-        raise UserError("template_clock", where="chat template", fix="template_clock")
-    return frozen
 
 
 def build_renderer(

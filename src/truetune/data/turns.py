@@ -68,14 +68,15 @@ def read_turn(where: str, turn: Any, *, name: str) -> Message:
     """Return one checked turn; `train`, `loss` and `weight` flags become `is_target`."""
     if not isinstance(turn, dict):
         refuse(where, "row_turn_not_object", fix="row_messages", name=name, kind=kind_of(turn))
-    if "from" in turn and "role" not in turn:
+    if "from" in turn and "role" not in turn and "content" not in turn:
         turn = _from_sharegpt(where, name, turn)
     role = turn.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         near = str(role).strip().lower()
         fix = "row_role_case" if near in ROLES else "row_role"
         refuse(where, "row_role", fix=fix, name=name, role=repr(role), roles=", ".join(ROLES), near=near)
-    unknown = set(turn) - _KEYS[role] - set(FLAGS)
+    # Parquet fills what a turn does not have with null.
+    unknown = {key for key, value in turn.items() if value is not None} - _KEYS[role] - set(FLAGS)
     if unknown:
         refuse(where, "row_turn_keys", fix="row_turn_keys", name=name, found=", ".join(sorted(unknown)))
     message: Message = {"role": role}
@@ -102,7 +103,7 @@ def _from_sharegpt(where: str, name: str, turn: dict[str, Any]) -> dict[str, Any
     """Return a ShareGPT turn in OpenAI's words."""
     kind = turn["from"]
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    if kind not in SHAREGPT_ROLES:
+    if not isinstance(kind, str) or kind not in SHAREGPT_ROLES:
         roles = ", ".join(SHAREGPT_ROLES)
         refuse(where, "row_role", fix="row_role", name=name, role=repr(kind), roles=roles, near="")
     message = {"role": SHAREGPT_ROLES[kind], "content": turn.get("value"), **rest}
@@ -123,9 +124,11 @@ def read_tools(where: str, tools: Any) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(found, list):
         refuse(where, "row_tools", fix="row_tools", name="tools", kind=kind_of(found))
     for number, tool in enumerate(found, start=1):
-        if not isinstance(tool, dict) or not isinstance(_function(tool).get("name"), str):
+        function = _function(tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             refuse(where, "row_tools", fix="row_tools", name=f"tools[{number}]", kind=kind_of(tool))
-    return tuple(found)
+    _check_characters(where, "tools", found)
+    return tuple(found) or None
 
 
 def _tool_calls(where: str, name: str, calls: Any) -> list[dict[str, Any]]:
@@ -144,7 +147,17 @@ def _tool_calls(where: str, name: str, calls: Any) -> list[dict[str, Any]]:
             arguments = _parsed(where, path, arguments)
         if not isinstance(arguments, dict):
             refuse(where, "row_tool_arguments", fix="row_tool_arguments", name=path, problem=kind_of(arguments))
+    _check_characters(where, name, calls)
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def _check_characters(where: str, name: str, value: Any) -> None:
+    """Check every text inside a value."""
+    if isinstance(value, str):
+        checked_text(where, value, name=name, may_be_empty=True)
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_characters(where, name, part)
 
 
 def _function(call: dict[str, Any]) -> Any:
@@ -155,7 +168,7 @@ def _parsed(where: str, name: str, source: Any) -> Any:
     """Parse JSON text inside a row."""
     try:
         return json.loads(source)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         refuse(where, "row_tool_arguments", fix="row_tool_arguments", name=name, problem=str(error))
 
 
