@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from truetune.data.formats import to_conversation
+from truetune.data.formats import ignored_keys, to_conversation
 from truetune.data.sources import find_files, read_rows
 from truetune.errors import UserError
 from truetune.records import Message, RawRow
@@ -107,3 +107,15 @@ def test_what_is_not_there(content: str, name: str | None, key: str, tmp_path: P
         find_files([f"{path}:{name}" if name else str(path)])
     assert caught.value.key == key
     assert caught.value.where.startswith(str(path))
+
+
+def test_names_that_are_not_mapped_do_not_count(info: Path) -> None:
+    """With columns given, a row's own "output" is not its answer, and is noted as unused."""
+    info.write_text(json.dumps({"d": {"file_name": "d.json", "columns": {"prompt": "question", "response": "answer"}}}))
+    row = {"question": "q", "answer": "right", "output": "wrong", "input": "more"}
+    (info.parent / "d.json").write_text(json.dumps([row]))
+    (source,) = find_files([str(info)])
+    (found,) = read_rows(source)
+    assert isinstance(found, RawRow)
+    assert [turn["content"] for turn in to_conversation(found).messages] == ["q", "right"]
+    assert ignored_keys(found) == {"output (not in columns)", "input (not in columns)"}

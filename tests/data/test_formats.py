@@ -507,3 +507,52 @@ def test_tools_and_their_calls(tools: Any, arguments: Any) -> None:
 def test_openai_s_weight_is_a_flag() -> None:
     messages = [_user("a"), _assistant("b", weight=0), _user("c"), _assistant("d", weight=1)]
     assert [is_target(turn) for turn in _convert({"messages": messages}).messages] == [False, False, False, True]
+
+
+def test_system_and_tools_are_read_by_every_shape() -> None:
+    """What a format says that it reads, it reads: nothing of it is left out without a note."""
+    values = [value for some in (*SHAPES.values(), *PREFERENCES.values()) for value in some]
+    compared = 0
+    for value in values:
+        row = RawRow(WHERE, {key: item for key, item in value.items() if key != "system"} | {"system": "Be brief."})
+        if "system" in ignored_keys(row) or json.dumps(value).count('"system"') > ("system" in value):
+            continue
+        assert to_conversation(row).messages[0] == _system("Be brief."), value
+        compared += 1
+        with_tools = RawRow(WHERE, row.value | {"tools": TOOLS})
+        if "tools" not in ignored_keys(with_tools):
+            assert to_conversation(with_tools).tools == tuple(TOOLS)
+    assert compared >= 8
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_preference_needs_both_answers(side: str) -> None:
+    answers = {"chosen": _assistant("yes"), "rejected": _assistant("no")}
+    answers[side] |= {"train": False}
+    assert _refused({"prompt": "q", **answers}).key == "row_nothing_learned"
+
+
+def test_null_is_no_key() -> None:
+    """Parquet fills what a turn does not have."""
+    turns = [_user("a", tool_calls=None, name=None), _assistant("b", reasoning_content=None, tool_calls=None)]
+    assert _convert({"messages": turns, "tools": None}) == _convert({"messages": OPEN})
+
+
+@pytest.mark.parametrize("tools", [[], "", "[]", None])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert _convert({"messages": OPEN, "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"messages": OPEN, "tools": [{"type": "function", "function": "f"}]}, "row_tools"),
+        ({"messages": OPEN, "tools": "[" * 100_000}, "row_tool_arguments"),
+        ({"messages": OPEN, "tools": [{"function": {"name": "f", "description": "\ud83d"}}]}, "row_bad_character"),
+        ({"messages": [_user("a"), _call("f", {"x": "\x00"})]}, "row_bad_character"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "row_role"),
+        ({"conversations": [{"from": "human", "value": "x", "content": "y"}]}, "row_role"),
+    ],
+)
+def test_odd_values_are_refused(value: dict[str, Any], key: str) -> None:
+    assert _refused(value).key == key

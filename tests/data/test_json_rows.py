@@ -394,3 +394,33 @@ def test_every_fault_of_the_module_is_met_above() -> None:
 def test_kind_of(value: Any, kind: str) -> None:
     assert kind_of(value) == kind
     assert kind_of(json.loads(json.dumps(value))) == kind
+
+
+def test_a_number_too_long_for_python(tmp_path: Path) -> None:
+    """Python reads no integer of more than 4,300 digits: that row is refused, the others are read."""
+    bad, good = '{"a": ' + "9" * 5000 + "}", '{"a": 1}'
+    for content in (f"[{good},\n{bad},\n{good}]", f"{good}\n{bad}\n{good}\n"):
+        rows = _read(tmp_path / "rows.json", content)
+        assert [getattr(row, "key", None) for row in rows] == [None, "row_not_json", None]
+        assert rows[1].where.startswith(f"{tmp_path / 'rows.json'}:2")
+
+
+def test_columns_count_what_stands_before(tmp_path: Path) -> None:
+    """White space before a line's row, and no byte-order mark."""
+    assert _fault(tmp_path / "a", '{"a": 1}\n   {"a": }\n').where == f"{tmp_path / 'a'}:2:10"
+    assert _fault(tmp_path / "a", "\ufeff[{'a': 1}]").where == f"{tmp_path / 'a'}:1:3"
+
+
+def test_a_line_that_is_no_json_at_all(tmp_path: Path) -> None:
+    assert _fault(tmp_path / "a", "<html></html>").key == "data_not_json"
+
+
+def test_utf16_without_its_mark() -> None:
+    with pytest.raises(UserError) as caught:
+        list(read_json("rows", io.BytesIO(b"[1]"), encoding="utf-16"))
+    assert caught.value.key == "data_not_utf8"
+
+
+def test_number_sign_in_a_path() -> None:
+    rows = list(read_json("set#1/rows", io.BytesIO(b'[{"a": 1}, {"a": 2}, {"a": 3}]')))
+    assert [row.where for row in rows] == ["set#1/rows:1", "set#1/rows:1#2", "set#1/rows:1#3"]

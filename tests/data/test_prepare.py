@@ -607,3 +607,23 @@ def test_text_rows_learn_all_of_it(write_json: Callable[..., Path], renderer: Re
     assert renderer.tokenizer.decode(pair.prompt_ids + pair.answer_ids) == "Some <|im_end|> text." + STOP
     assert len(pair.prompt_ids) == 1
     assert 151645 not in pair.prompt_ids + pair.answer_ids[:-1]
+
+
+def test_texts_are_told_apart(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """They have no prompt: what they begin with makes no group, so some are held out and none answers another."""
+    path = write_json([{"text": f"The same beginning, and the end is {number}."} for number in range(60)])
+    prepared = prepare(Config(data=[str(path)]), renderer)
+    assert (len(prepared.train), len(prepared.held_out)) == (52, 8)
+    assert (prepared.report.other_answers, prepared.report.exact_duplicates) == (0, 0)
+    long = write_json([{"text": "word " * 500}], "long.json")
+    assert prepare(Config(data=[str(long)], max_length=60, overlong="cut_prompt"), renderer).report.rows_refused == 1
+
+
+def test_weights_that_leave_nothing(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json([{"instruction": f"q {number}", "output": "a"} for number in range(10)])
+    with pytest.raises(UserError) as caught:
+        prepare(Config(data=[str(path)], data_weights=[0.02]), renderer)
+    assert caught.value.key == "no_rows"
+    with pytest.raises(UserError) as caught:
+        prepare(Config(data=[str(path)], data_weights=[1, 1]), renderer)
+    assert caught.value.key == "data_weights"

@@ -217,3 +217,38 @@ def test_rows_beside_a_bad_one_are_rendered(renderers: dict[str, Renderer]) -> N
     found = renderers["Gemma"].render([good, bad, good])
     assert [isinstance(some, RowError) for some in found] == [False, True, False]
     assert found[0] == found[2] == renderers["Gemma"].render([good])[0]
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x":  1}'])
+def test_arguments_of_calls_are_objects_for_the_template(arguments: Any, small_tokenizer: Callable[..., Any]) -> None:
+    """OpenAI's JSON text would be written as text in quotes by a template that writes JSON (Qwen2.5, Llama 3.1)."""
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% for call in m.get('tool_calls', []) %}"
+        "{{ call['function'] | tojson }}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    renderer = build_renderer(small_tokenizer(template), [])
+    call: Message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
+    messages = (TURNS[0], call, {"role": "tool", "content": "2"}, TURNS[1])
+    first, second = renderer.pairs(Conversation("x:1", messages))
+    shown = '{"name": "f", "arguments": {"x": 1}}</s>'
+    assert renderer.tokenizer.decode(first.answer_ids) == shown
+    assert list(second.prompt_ids) == renderer.prompt_ids(messages[:3])
+    assert shown in renderer.tokenizer.decode(second.prompt_ids)
+    assert call["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+def test_marks_anywhere_in_a_row_are_refused(renderers: dict[str, Renderer]) -> None:
+    tools = ({"function": {"name": "f", "description": "\U000f0000"}},)
+    for some in (
+        Conversation("x:1", TURNS, tools=tools),
+        Conversation("x:1", TURNS, rejected=(TURNS[0], {"role": "assistant", "content": "\U000f0001"})),
+        Conversation("x:1", (), text="\U000f0000"),
+    ):
+        with pytest.raises(RowError) as caught:
+            renderers["Phi-3"].pairs(some)
+        assert caught.value.key == "row_private_character"

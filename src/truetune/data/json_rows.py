@@ -282,7 +282,7 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
 
 def _row_of(window: _Window, line: str, *, record: int | None) -> RawRow | RowError:
     """Decode one line; a fault in it is the row's. `record`: its number if it is the file's last, which may be cut."""
-    where, indent = window.where(), window.text.index(line, window.position) - window.position
+    where, start = window.where(), window.text.index(line, window.position)
     try:
         return _as_row(where, _STRICT.decode(line))
     except _Duplicate as error:
@@ -293,14 +293,12 @@ def _row_of(window: _Window, line: str, *, record: int | None) -> RawRow | RowEr
     except json.JSONDecodeError as error:
         at, problem, fix = error.pos, error.msg, _fix_of(line, error.pos)
         if record is not None and _is_cut(line[at:], error):
-            return RowError("data_cut", where=f"{where}:{indent + at + 1}", fix="data_cut", record=record)
+            return RowError("data_cut", where=window.where(start + at), fix="data_cut", record=record)
     except RecursionError:
         at, problem, fix = 0, "nested too deeply", "data_not_json"
     except ValueError as error:
         at, problem, fix = 0, str(error), "data_not_json"
-    return RowError(
-        "row_not_json", where=f"{where}:{indent + at + 1}", fix=fix, problem=problem, context=_around(line, at)
-    )
+    return RowError("row_not_json", where=window.where(start + at), fix=fix, problem=problem, context=_around(line, at))
 
 
 def _as_row(where: str, value: Any) -> RawRow | RowError:
