@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling bench-lengths install install-dev docs clean
+.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -40,6 +40,9 @@ bench-scaling: .venv/installed ## rows/s against rows of a step, their length an
 
 bench-lengths: .venv/installed ## memory and time of one long pair
 	$(BIN)/python -m bench.lengths
+
+bench-data: .venv/installed ## rows/s and memory of preparing up to a million rows, beside the notebook and TRL
+	$(BIN)/python -m bench.data
 
 docs: .venv/installed-dev ## write the generated pages of docs/
 	$(BIN)/python tools/generate_docs.py

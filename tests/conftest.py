@@ -28,6 +28,17 @@ def _threads(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that tests prepare stay out of the user's cache."""
+    monkeypatch.setattr("truetune.data.prepare.cache_dir", lambda: _cache)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the real tokenizer and rows; see TRUETUNE_SHARED."""
     if not SHARED.is_dir():

@@ -222,6 +222,10 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("system", ["a"]),
     ("data", 5),
     ("chat_template_kwargs", "just text"),
+    ("overlong", "cut"),
+    ("encoding", "utf-9"),
+    ("data_weights", "1,0"),
+    ("data_weights", "a"),
 ]
 
 
@@ -235,7 +239,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 52
+    assert len(BAD_VALUES) == 56
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

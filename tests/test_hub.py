@@ -135,7 +135,10 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, *, with_body: bool) -> None:
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path))  # type: ignore[attr-defined]
+        is_data = path.startswith(("/api/datasets/", "/datasets/"))
         api, resolve = f"/api/models/{MODEL}", f"/{MODEL}/resolve/{COMMIT}/"
+        if is_data:
+            api, resolve = f"/api/datasets/{MODEL}", f"/datasets/{MODEL}/resolve/{COMMIT}/"
         headers = {"X-Repo-Commit": COMMIT}
         if path == f"{api}/revision/main":
             siblings = [{"rfilename": name} for name in self.files]
@@ -244,6 +247,38 @@ def test_a_model_is_downloaded_once_and_then_found_without_network(server: Serve
     assert unknown["seconds"] < 5
 
 
+DATA = """
+import json, sys
+from truetune.data.sources import find_files, read_rows
+from truetune.errors import UserError
+results = []
+for name in sys.argv[1:]:
+    try:
+        sources = find_files([name])
+        rows = [row.value for source in sources for row in read_rows(source)]
+        results.append({"files": [source.path.name for source in sources], "rows": rows})
+    except UserError as error:
+        results.append({"key": error.key, "where": error.where, "text": str(error)})
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("hub_files", [["train.jsonl", "test.jsonl"], ["rows.jsonl", "test.jsonl"], ["test.jsonl"]])
+def test_data_sets(hub_files: list[str], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training files are downloaded and read by the strict reader; nothing held out is trained unasked."""
+    rows = {name: b'{"instruction": "%s", "output": "b"}\n' % name.encode() for name in hub_files}
+    monkeypatch.setattr(Handler, "files", rows | UNWANTED)
+    monkeypatch.setattr(sys.modules[__name__], "FETCH", DATA)
+    found, test, missing = fetch(server.url, tmp_path, MODEL, f"{MODEL}:test", "org/none")
+    if hub_files == ["test.jsonl"]:
+        assert (found["key"], found["where"]) == ("data_hub_files", MODEL)
+    else:
+        assert found == {"files": hub_files[:1], "rows": [{"instruction": hub_files[0], "output": "b"}]}
+    assert test["files"] == ["test.jsonl"]
+    assert (missing["key"], missing["where"]) == ("hub_refused", "org/none")
+    assert [name for name in UNWANTED if any(path.endswith(name) for _, path in server.requests)] == []
+
+
 def test_offline_mode_asks_nobody(server: Server, tmp_path: Path) -> None:
     (refused,) = fetch(server.url, tmp_path, MODEL, HF_HUB_OFFLINE="1")
     assert (refused["key"], refused["where"]) == ("hub_offline", MODEL)
@@ -281,12 +316,15 @@ def test_the_library_is_told_whether_there_is_a_network(
     monkeypatch.setattr(hub, "can_connect", lambda _endpoint: reachable)
     assert hub.fetch(MODEL, revision="v2", hub="huggingface") == Path("/cache/org/tiny")
     ((name, kwargs),) = calls
-    told = {key: kwargs[key] for key in ("revision", "allow_patterns", "local_files_only")}
-    assert (name, told) == (MODEL, {"revision": "v2", "allow_patterns": hub.PATTERNS, "local_files_only": local_only})
+    kwargs.pop("tqdm_class")
+    wanted = {"revision": "v2", "repo_type": "model", "allow_patterns": hub.PATTERNS["model"]}
+    assert (name, kwargs) == (MODEL, wanted | {"local_files_only": local_only})
 
 
 def test_no_pattern_lets_code_or_pickles_through() -> None:
-    assert {pattern.removeprefix("*.") for pattern in hub.PATTERNS} == {"json", "safetensors", "jinja", "model", "txt"}
+    allowed = {kind: {pattern.removeprefix("*.") for pattern in patterns} for kind, patterns in hub.PATTERNS.items()}
+    assert allowed["model"] == {"json", "safetensors", "jinja", "model", "txt"}
+    assert allowed["dataset"] == {"json", "jsonl", "ndjson", "csv", "tsv", "parquet", "gz", "zst"}
 
 
 # --- ModelScope ---
@@ -342,7 +380,7 @@ def test_modelscope_is_asked_rightly(revision: str, asked: str, online: bool, mo
     package = ModelScope()
     tried = install(monkeypatch, package, online=online)
     assert hub.fetch(MODEL, revision=revision, hub="modelscope") == Path("/cache/org/tiny")
-    expected = {"revision": asked, "allow_patterns": hub.PATTERNS, "local_files_only": not online}
+    expected = {"revision": asked, "allow_patterns": hub.PATTERNS["model"], "local_files_only": not online}
     assert package.calls == [((MODEL,), expected)]
     assert tried == ["https://modelscope.cn"]
 

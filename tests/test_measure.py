@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,7 @@ def test_tokens_of_the_run_are_counted(
     """With a fixed time a token, the forecast is the tokens that the run then computes: steps and evaluations."""
     assembly, train = build(write_json(rows), tiny_qwen, max_steps=12)
     need = forecast(assembly, train)
-    per_token = need.seconds_per_step / measure._mean_tokens(
-        assembly.loop.engine, train, 4, seed=assembly.loop.plan.seed, num_steps=12
-    )
+    per_token = need.seconds_per_step / measure._mean_tokens(assembly.loop.engine, train, plan=assembly.loop.plan)
     again, _ = build(write_json(rows), tiny_qwen, max_steps=12)
     events = list(again.loop.run(train, evaluate=again.evaluate))
     step_tokens = sum(event["computed_tokens"] for event in events if event["kind"] == "step")
@@ -54,10 +53,9 @@ def test_tokens_of_the_run_are_counted(
 def test_long_runs_are_sampled(write_json: Write, rows: list[dict[str, str]], tiny_qwen: Path) -> None:
     """Fifty steps of three hundred say what all say, within some percent."""
     assembly, train = build(write_json(rows), tiny_qwen)
-    engine = assembly.loop.engine
-    sampled = measure._mean_tokens(engine, train, 4, seed=1, num_steps=300)
-    whole = [measure._mean_tokens(engine, train, 4, seed=1, num_steps=n) for n in (40,)]
-    assert sampled == pytest.approx(whole[0], rel=0.1)
+    engine, plan = assembly.loop.engine, replace(assembly.loop.plan, seed=1)
+    sampled, whole = (measure._mean_tokens(engine, train, plan=replace(plan, num_steps=n)) for n in (300, 40))
+    assert sampled == pytest.approx(whole, rel=0.1)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

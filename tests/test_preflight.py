@@ -73,15 +73,17 @@ def test_one_row_is_enough() -> None:
 
 
 def test_the_report_shows_every_number(capsys: pytest.CaptureFixture[str]) -> None:
-    show_report(report(notes=["a note"], diagnosis=["a diagnosis"]), Console())
+    told = report(notes=["a note"], diagnosis=["a diagnosis"], formats={"alpaca": 1100}, trie_tokens=3000)
+    show_report(told, Console())
     assert capsys.readouterr().out == (
         "Data\n"
         "  rows read            1,100\n"
         "  rows used            1,100, 8 of them held out\n"
         "  rows refused         0\n"
+        "  formats              alpaca 1,100\n"
         "  exact duplicates     2\n"
         "  prompt-answer pairs  1,234\n"
-        "  tokens               4,000\n"
+        "  tokens               4,000; 3,000 computed in an epoch, since common prefixes count once (25% saved)\n"
         "  tokens learned       1,000 (25% of all; 25% of them written by the template)\n"
         "  tokens a pair        20 median, 40 p90, 60 p99, 77 longest\n"
         "  steps                63\n"
@@ -95,7 +97,7 @@ def test_the_report_in_chinese(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("数据\n")
     assert "1,100，其中留出 8 条" in out
-    assert len(out.splitlines()) == 10
+    assert len(out.splitlines()) == 11
 
 
 def test_an_empty_report_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,3 +235,44 @@ def test_machine_faults_exit_3(data: Path, tiny_qwen: Path, capsys: pytest.Captu
     """A folder that the system does not let us make: no traceback, the path, and what to check."""
     assert run(arguments(data, tiny_qwen, Path("/proc/nothing/out"), "--max-steps", "1")) == 3
     assert "/proc/nothing" in capsys.readouterr().err
+
+
+SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "text": lambda n: {"text": f"Plain text number {n}."},
+    "preference": lambda n: {"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No, never."},
+    "tools": lambda n: {
+        "messages": [
+            {"role": "user", "content": f"How much is {n} and {n}?"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": f'{{"x": {n}}}'}}]},
+            {"role": "tool", "content": str(2 * n)},
+            {"role": "assistant", "content": f"It is {2 * n}."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_trains_to_the_end(shape: str, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Checkpoint, probes and adapter included."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(SHAPES[shape](number)) + "\n" for number in range(40)), encoding="utf-8")
+    out = tmp_path / "out"
+    assert run(arguments(path, tiny_qwen, out, "--max-steps", "2")) == 0
+    assert [line["step"] for line in step_lines(out)] == [1, 2]
+    assert (out / "adapter" / "truetune.json").is_file()
+
+
+def test_weights_decide_how_often_rows_come(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Over an epoch, rows of a source of weight 2 come twice, those of weight 0.5 half the time."""
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(20)]), encoding="utf-8")
+    out = tmp_path / "out"
+    words = arguments(data, tiny_qwen, out, "--data-weights", "0.5,2", "--eval-split", "0", "--num-train-epochs", "1")
+    words.insert(2, str(other))
+    assert run(words) == 0
+    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    taken = [row for line in lines for row in line["rows"]]
+    assert len(taken) == 20 + 40
+    assert len([row for row in taken if row < 40]) == 20 == len({row for row in taken if row < 40})
+    assert sorted(row for row in taken if row >= 40) == sorted([*range(40, 60), *range(40, 60)])

@@ -19,9 +19,11 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {"messages.en", "messages.zh"},
+    "messages": {"messages.en", "messages.en_faults", "messages.zh", "messages.zh_faults"},
     "messages.en": set(),
+    "messages.en_faults": set(),
     "messages.zh": set(),
+    "messages.zh_faults": set(),
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -29,11 +31,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rundir": {"errors", "config"},
     "signals": set(),
     "data": set(),
-    "data.sources": {"errors", "records"},
-    "data.formats": {"errors", "records", "data.sources"},
-    "data.template": {"errors", "records", "data.formats"},
-    "data.lengths": {"errors", "records"},
-    "data.prepare": {"config", "errors", "messages", "records", "data.*", "engine.trie", "engine.order"},
+    "data.json_rows": {"errors", "records"},
+    "data.dataset_info": {"errors"},
+    "data.sources": {"errors", "records", "hub", "data.dataset_info", "data.json_rows"},
+    "data.turns": {"errors", "records", "data.json_rows"},
+    "data.formats": {"records", "data.turns"},
+    "data.encode": set(),
+    "data.jinja": {"errors"},
+    "data.template": {"errors", "records", "data.encode", "data.jinja", "data.turns"},
+    "data.lengths": {"errors", "records", "data.template", "data.turns"},
+    "data.store": {"records"},
+    "data.report": {
+        *("config", "errors", "messages", "records", "data.store", "data.template", "engine.trie", "engine.order")
+    },
+    "data.prepare": {"config", "errors", "records", "data.*", "engine.order"},
     "engine": set(),
     "engine.trie": {"records"},
     "engine.order": set(),
@@ -54,11 +65,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"records", "engine.*", "generate"},
     "identity": {"errors", "records", "rundir", "data.template"},
     "trackers": {"errors", "config"},
-    "preflight": {"errors", "config", "console", "records", "model", "data.*"},
+    "preflight": {"errors", "config", "console", "messages", "records", "model", "data.*"},
+    "page": {"config", "messages", "preflight", "rundir"},
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
     },
-    "measure": {"assembly", "engine.*", "evaluate", "records"},
+    "measure": {"assembly", "engine.*", "evaluate", "loop", "records"},
     "output": {"errors", "config", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},
     "training": {
         *(

@@ -18,6 +18,22 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMAT_EXAMPLES = {
     "alpaca": '{"instruction": "Translate into French.", "input": "Good morning", "output": "Bonjour"}',
     "messages": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
+    "prompt and completion": '{"prompt": "Hi", "completion": "Hello."}',
+    "prompt and response": '{"prompt": "Hi", "response": "Hello."}',
+    "query and response": '{"query": "Hi", "response": "Hello.", "history": [["Ho", "Hm."]]}',
+    "question and answer": '{"question": "Hi", "answer": "Hello."}',
+    "preference": '{"prompt": "Hi", "chosen": "Hello.", "rejected": "What?"}',
+    "preference (instruction)": '{"instruction": "Hi", "chosen": "Hello.", "rejected": "What?"}',
+    "preference (conversations)": (
+        '{"conversations": [{"from": "human", "value": "Hi"}],\n'
+        ' "chosen": {"from": "gpt", "value": "Hello."}, "rejected": {"from": "gpt", "value": "What?"}}'
+    ),
+    "preference (two conversations)": (
+        '{"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}],\n'
+        ' "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "What?"}]}'
+    ),
+    "text": '{"text": "Plain text, learned whole."}',
 }
 
 
@@ -68,15 +84,21 @@ def formats_page() -> str:
     parts = [
         "# Data formats\n",
         "Written by `tools/generate_docs.py` from `src/truetune/data/formats.py`. A file is a JSON array or JSON lines",
-        "(seen from its content), UTF-8. The format is recognised by the keys; nothing is registered.",
+        "(seen from its content), CSV, TSV (by RFC 4180, with a header) or Parquet; all but the last may be packed as",
+        ".gz or .zst. Text is UTF-8 unless `--encoding` says otherwise. The format of a file is recognised by the keys",
+        "of its rows, in the order below; nothing is registered. Shapes may differ between files, not within one.",
     ]
     for name, known in FORMATS.items():
         needs, may = (", ".join(f"`{key}`" for key in sorted(keys)) or "none" for keys in (known.needs, known.may))
         parts.append(f"\n## {name}\n\nNeeds {needs}; reads besides: {may}.\n\n```json\n{FORMAT_EXAMPLES[name]}\n```")
     parts.append(
-        "\nA turn of `messages` has `role` (system, user, assistant) and `content`; the assistant's may have\n"
-        "`reasoning_content`, and `train` or `loss` (false: the turn is read, not learned). Other keys of a row are\n"
-        "counted and shown, not used. A row that cannot be trained is refused with file, line, reason and fix.\n"
+        "\nA turn has `role` (system, user, assistant, tool) and `content`; the assistant's may have\n"
+        "`reasoning_content`, `tool_calls`, and `train`, `loss` or `weight` (false or 0: the turn is read, not\n"
+        "learned). After an optional system turn, user and assistant take turns; behind an assistant's `tool_calls`\n"
+        "come the results, as turns of the role tool. `tools` is a list of JSON schemas, or its JSON text. Of a\n"
+        "preference pair the chosen answer is learned.\n\n"
+        "Other keys of a row are counted and shown, not used. A row that cannot be trained is refused with file,\n"
+        "line, reason and fix; nothing is dropped, cut or merged silently.\n"
     )
     return "\n".join(parts)
 

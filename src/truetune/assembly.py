@@ -28,6 +28,9 @@ from truetune.preflight import Preflight
 from truetune.records import Row, pairs_of
 
 SAVES_PER_RUN = 20
+MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
+"""Rows among which the comparison finds its pairs, and rows that the governor measures; more would tell no more."""
+
 # Keys that may change between a run and its resumption, since they change nothing that is computed.
 FREE_KEYS = (
     *("output_dir", "lang", "logging_steps", "save_steps", "save_total_limit", "hub", "revision"),
@@ -79,7 +82,7 @@ def assemble(
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
-    loop = Loop(engine, optimizer, scheduler, _plan(config, flight.prepared.report.steps), accelerator.backward)
+    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, held_out, events)
 
@@ -100,7 +103,7 @@ def _engine(
         with console.status("status.measure"):
             engine, limits = choose_limits(
                 choice.engine,
-                [*flight.prepared.train, *flight.prepared.held_out],
+                list(_telling_rows(flight)),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
             )
@@ -114,6 +117,15 @@ def _engine(
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
 
 
+def _telling_rows(flight: Preflight) -> Iterator[Row]:
+    """Yield what the governor has to see of the rows: the longest of each side, and some to measure."""
+    prepared = flight.prepared
+    for side in (prepared.train, prepared.held_out):
+        if len(side):
+            yield side[int(side.longest_pairs().argmax())]
+    yield from prepared.train[:MAX_MEASURED_ROWS]
+
+
 def _compared(plain: Engine, asked: Kind | Literal["auto"], flight: Preflight, console: Console) -> Choice:
     """Return the engine of the kind that was asked for, if it agrees with plain; of the fastest that does, for auto.
 
@@ -123,7 +135,7 @@ def _compared(plain: Engine, asked: Kind | Literal["auto"], flight: Preflight, c
         raise UserError("flex_needs_gpu", where="attention", fix="flex_needs_gpu")
     kinds: tuple[Kind, ...] = ("trie", "padded") if asked == "auto" else (asked,)
     with console.status("status.compare"):
-        choice = choose_engine(plain, pairs_of(flight.prepared.train), kinds=kinds)
+        choice = choose_engine(plain, pairs_of(flight.prepared.train[:MAX_COMPARED_ROWS]), kinds=kinds)
     if asked not in ("auto", choice.engine.kind):
         result = choice.comparisons[-1]
         raise NumericsError("engine_differs", where="attention", fix="engine_differs", **asdict(result))
@@ -170,15 +182,16 @@ def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.opt
     return optimizer, scheduler
 
 
-def _plan(config: Config, num_steps: int) -> Plan:
+def _plan(config: Config, flight: Preflight) -> Plan:
     """Return the loop's numbers; every "auto" is chosen by now."""
     return Plan(
-        num_steps=num_steps,
+        num_steps=flight.prepared.report.steps,
         batch_size=config.rows_per_step,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         eval_steps=int(config.eval_steps),
         save_steps=int(config.save_steps),
+        mix=flight.prepared.mix,
     )
 
 
@@ -186,7 +199,8 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     """Replace every "auto" that is left by a value, and choose the held-out rows that are evaluated."""
     config, prepared = settings.config, flight.prepared
     steps = prepared.report.steps
-    num_trained_rows = min(steps * config.rows_per_step, int(len(prepared.train) * config.num_train_epochs + 1))
+    num_rows = len(prepared.train) if prepared.mix is None else len(prepared.mix)
+    num_trained_rows = min(steps * config.rows_per_step, int(num_rows * config.num_train_epochs + 1))
     held_out = list(prepared.held_out if config.eval_data else limit_rows(prepared.held_out, num_trained_rows))
     chosen: dict[str, Any] = {}
     if config.eval_steps == "auto":

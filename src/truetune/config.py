@@ -5,7 +5,9 @@ Precedence: defaults < `--config FILE.yaml` < flags. Every fault is reported at 
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from truetune.errors import UserError, UserErrors
 
@@ -28,9 +30,22 @@ def _split_words(value: Any) -> Any:
 def _parse_mapping(value: Any) -> Any:
     """`--chat-template-kwargs '{enable_thinking: false}'`: YAML or JSON text makes a mapping."""
     try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        mapping = yaml.safe_load(value) if isinstance(value, str) else value
+        json.dumps(mapping, sort_keys=True)
+    except TypeError:
+        raise ValueError("a value is no text, number, true, false, null, list or mapping; quote dates") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {getattr(error, 'problem', error)}") from None
+    return mapping
+
+
+def _known_encoding(value: str) -> str:
+    """Return the encoding's own name: "GBK" and "gbk" are one."""
+    try:
+        "".encode(value)
+        return codecs.lookup(value).name
+    except (LookupError, TypeError):
+        raise ValueError(f"unknown encoding {value!r}") from None
 
 
 def _no_bool(value: Any) -> Any:
@@ -45,6 +60,7 @@ KeywordValues = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
 AutoInt = Literal["auto"] | PositiveInt
 
 
@@ -61,6 +77,8 @@ class Config(BaseModel):
     revision: str = "main"
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     data: Words = Field(default_factory=list)
+    data_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_words)] = Field(default_factory=list)
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
     eval_data: Words = Field(default_factory=list)
     eval_split: Annotated[Float, Field(ge=0, lt=1)] = 0.05
     system: str | None = None
@@ -69,6 +87,7 @@ class Config(BaseModel):
     chat_template_kwargs: KeywordValues = Field(default_factory=dict)
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     max_length: PositiveInt = 2048
+    overlong: Literal["refuse", "cut_prompt"] = "refuse"
     invalid: Literal["refuse", "skip"] = "refuse"
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None
@@ -149,7 +168,8 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         source = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError("data_not_utf8", where=str(path), fix="data_not_utf8", byte=error.start, path=path) from None
+        values = {"byte": error.start, "encoding": "UTF-8", "path": path}
+        raise UserError("data_not_utf8", where=str(path), fix="config_not_utf8", **values) from None
     try:
         loader = _Loader(source)
         loader.name = str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,6 +96,15 @@ class Console:
             return
         with self._out.status(escape(self.text(key, **values))):
             yield
+
+    @contextmanager
+    def counting(self, key: str) -> Iterator[Callable[[int], None]]:
+        """Give a function that shows how far a count has come, on a terminal."""
+        if not self.is_terminal:
+            yield lambda _: None
+            return
+        with self._out.status(escape(self.text(key, count=0))) as status:
+            yield lambda count: status.update(escape(self.text(key, count=count)))
 
     @contextmanager
     def progress(self, total: int, done: int = 0) -> Iterator[Steps]:

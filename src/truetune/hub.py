@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -15,30 +15,36 @@ CONNECT_TIMEOUT_S = 1.5
 """How long to wait for the hub before saying so; huggingface_hub alone retries for a minute."""
 
 # No code and no pickled weights.
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+PATTERNS = {
+    "model": ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+    "dataset": ["*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.parquet", "*.gz", "*.zst"],
+}
+Kind = Literal["model", "dataset"]
 MODELSCOPE_ENDPOINT = "https://modelscope.cn"
 
 
-def fetch(name: str, *, revision: str, hub: str) -> Path:
-    """Download the model `name` (or find it in the cache) and return its folder.
+def fetch(name: str, *, revision: str, hub: str, kind: Kind = "model") -> Path:
+    """Download the model or data set `name` (or find it in the cache) and return its folder.
 
-    Raises: UserError within about two seconds if the hub cannot be reached and the model is not in the cache.
+    Raises: UserError within about two seconds if the hub cannot be reached and `name` is not in the cache.
     """
-    return _from_modelscope(name, revision) if hub == "modelscope" else _from_huggingface(name, revision)
+    return (_from_modelscope if hub == "modelscope" else _from_huggingface)(name, revision, kind)
 
 
-def _from_huggingface(name: str, revision: str) -> Path:
+def _from_huggingface(name: str, revision: str, kind: Kind) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # The program turns the library's own bars off; a download of gigabytes keeps one.
-    arguments: dict[str, Any] = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": _bar()}
+    arguments: dict[str, Any] = {"revision": revision, "repo_type": kind, "tqdm_class": _bar()}
     online = not constants.HF_HUB_OFFLINE and can_connect(constants.ENDPOINT)
     try:
-        return Path(snapshot_download(name, local_files_only=not online, **arguments))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS[kind], local_files_only=not online, **arguments))
     except LocalEntryNotFoundError:
         raise UserError("hub_offline", where=name, fix="hub_offline", endpoint=constants.ENDPOINT) from None
     except HFValidationError as error:
+        if kind == "dataset":
+            raise UserError("data_hub_name", where=name, fix="data_hub_name") from error
         raise UserError("model_missing", where=name, fix="model_missing") from error
     except HfHubHTTPError as error:
         raise UserError("hub_refused", where=name, fix="hub_refused", problem=str(error).splitlines()[0]) from None
@@ -55,16 +61,18 @@ def _bar() -> Any:
     return Bar
 
 
-def _from_modelscope(name: str, revision: str) -> Path:
+def _from_modelscope(name: str, revision: str, kind: Kind) -> Path:
     try:
-        from modelscope import snapshot_download
+        import modelscope
         from modelscope_hub.errors import HubError
     except ImportError:
         raise UserError("extra_missing", where="hub: modelscope", fix="extra_missing", extra="modelscope") from None
     revision = "master" if revision == "main" else revision
     online = can_connect(MODELSCOPE_ENDPOINT)
+    download = modelscope.snapshot_download if kind == "model" else modelscope.dataset_snapshot_download
+    arguments: dict[str, Any] = {"allow_patterns": PATTERNS[kind], "local_files_only": not online}
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, local_files_only=not online))
+        return Path(download(name, revision=revision, **arguments))
     except (HubError, ValueError, OSError) as error:
         # requests' own errors are OSErrors.
         if online:

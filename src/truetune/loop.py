@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from truetune.engine.order import batches
+from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import MachineError, NumericsError
@@ -32,6 +32,7 @@ class Plan:
     max_grad_norm: float
     eval_steps: int
     save_steps: int
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Loop:
     def _batches(self, rows: Sequence[Row], start: int) -> Iterator[Batch]:
         """Yield the batches from step `start` + 1 on; while one is computed, a thread builds the next one's tries."""
         plan = self.plan
-        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start)
+        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start, mix=plan.mix)
 
         def build(step: int) -> Batch:
             epoch, numbers = next(order)

@@ -14,6 +14,7 @@ from truetune.engine.memory import peak_of
 from truetune.engine.order import batches
 from truetune.engine.step import Engine, make_forwards
 from truetune.evaluate import STEP_COST
+from truetune.loop import Plan
 from truetune.records import Row, pairs_of
 
 # Steps that are run: the first one warms up, the others are timed.
@@ -39,7 +40,7 @@ def forecast(assembly: Assembly, rows: Sequence[Row]) -> Forecast:
         steps = list(islice(assembly.loop.run(rows), min(NUM_STEPS, plan.num_steps)))
     timed = [event["seconds"] / event["computed_tokens"] for event in steps if event["kind"] == "step"]
     seconds_per_token = statistics.median(timed[1:] or timed)
-    step_tokens = _mean_tokens(engine, rows, plan.batch_size, seed=plan.seed, num_steps=plan.num_steps)
+    step_tokens = _mean_tokens(engine, rows, plan=plan)
     num_evaluations = 1 + -(-plan.num_steps // plan.eval_steps)
     held_out = pairs_of(assembly.held_out)
     eval_tokens = sum(forward.num_tokens for forward in make_forwards(engine, held_out)) if held_out else 0
@@ -48,11 +49,12 @@ def forecast(assembly: Assembly, rows: Sequence[Row]) -> Forecast:
     return Forecast(seconds, seconds_per_token * step_tokens, max(peak(), *planned, 0), plan.num_steps)
 
 
-def _mean_tokens(engine: Engine, rows: Sequence[Row], batch_size: int, *, seed: int, num_steps: int) -> float:
+def _mean_tokens(engine: Engine, rows: Sequence[Row], *, plan: Plan) -> float:
     """Return the mean of the tokens that a step computes, over steps spread evenly over the run."""
-    chosen = set(np.linspace(0, num_steps - 1, min(num_steps, NUM_SAMPLED_STEPS)).astype(int).tolist())
+    chosen = set(np.linspace(0, plan.num_steps - 1, min(plan.num_steps, NUM_SAMPLED_STEPS)).astype(int).tolist())
     tokens = []
-    for number, (_, numbers) in zip(range(num_steps), batches(len(rows), batch_size, seed=seed), strict=False):
+    order = batches(len(rows), plan.batch_size, seed=plan.seed, mix=plan.mix)
+    for number, (_, numbers) in zip(range(plan.num_steps), order, strict=False):
         if number in chosen:
             forwards = make_forwards(engine, pairs_of([rows[row] for row in numbers]))
             tokens.append(sum(forward.num_tokens for forward in forwards))

@@ -12,7 +12,7 @@ from typing import Any
 
 from truetune import checkpoint, identity
 from truetune.config import Settings, dump
-from truetune.data.prepare import hash_files, write_rows
+from truetune.data.prepare import hash_files
 from truetune.data.template import TEMPLATE_FILE
 from truetune.errors import Stopped, TruetuneError
 from truetune.loop import Event
@@ -30,8 +30,8 @@ def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
     run.write_info(**_info(run, settings, flight))
     run.append({"kind": "state", "state": "running", "time": _now()})
     write_atomic(run.config, dump(settings.config))
-    write_rows(run.data / "train.arrow", prepared.train)
-    write_rows(run.data / "eval.arrow", prepared.held_out)
+    prepared.train.write(run.data / "train.arrow")
+    prepared.held_out.write(run.data / "eval.arrow")
     refused = [{"where": row.where, "reason": row.reason, "fix": row.fix} for row in prepared.report.refused]
     write_atomic(run.data / "refused.jsonl", "".join(to_json(row) + "\n" for row in refused))
 
@@ -97,7 +97,7 @@ def _write_use(folder: Path, *, flight: Preflight) -> None:
     """Write beside an adapter what its use needs: template, probes."""
     (folder / TEMPLATE_FILE).write_text(flight.renderer.chat_template, encoding="utf-8")
     rows = [*flight.prepared.held_out[: identity.NUM_PROBES], *flight.prepared.train[: identity.NUM_PROBES]]
-    prompts = [row.prompt for row in rows]
+    prompts = [row.prompt for row in rows if row.prompt]
     identity.write(folder, flight.renderer, prompts=prompts, base=flight.base.reference())
 
 

@@ -10,6 +10,7 @@ from truetune.console import Console
 from truetune.data.prepare import Prepared, prepare
 from truetune.data.template import Renderer, build_renderer
 from truetune.errors import UserError
+from truetune.messages import text
 from truetune.model import Base, eos_ids, find_base, load_tokenizer, prepare_base
 from truetune.records import Report
 
@@ -47,35 +48,39 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
             template_kwargs=config.chat_template_kwargs,
             date=date,
         )
-        prepared = prepare(config, renderer, lang=console.lang)
+    with console.counting("status.rows") as count:
+        prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
     return Preflight(base, renderer, prepared)
+
+
+def report_lines(report: Report, lang: str) -> list[tuple[str, str]]:
+    """Return the report as (label, value): the label a catalogue key, the value in `lang`."""
+    learned = text(
+        "report.learned",
+        lang,
+        learned=report.learned_tokens,
+        share=report.learned_tokens / max(report.total_tokens, 1),
+        template_share=report.learned_template_tokens / max(report.learned_tokens, 1),
+    )
+    quantiles = report.quantiles or {"p50": 0, "p90": 0, "p99": 0}
+    saved = 1 - report.trie_tokens / max(report.total_tokens, 1)
+    return [
+        ("label.rows_read", f"{report.rows_read:,}"),
+        ("label.rows_used", text("report.used", lang, used=report.rows_used, held_out=report.rows_held_out)),
+        ("label.rows_refused", f"{report.rows_refused:,}"),
+        ("label.formats", ", ".join(f"{name} {count:,}" for name, count in report.formats.items()) or "-"),
+        ("label.exact_duplicates", f"{report.exact_duplicates:,}"),
+        ("label.pairs", f"{report.pairs:,}"),
+        ("label.tokens", text("report.tokens", lang, total=report.total_tokens, trie=report.trie_tokens, saved=saved)),
+        ("label.learned_tokens", learned),
+        ("label.length", text("report.length", lang, longest=report.longest, **quantiles)),
+        ("label.steps", f"{report.steps:,}"),
+    ]
 
 
 def show_report(report: Report, console: Console) -> None:
     """Print the report of a preflight."""
-    template_share = report.learned_template_tokens / max(report.learned_tokens, 1)
-    console.pairs(
-        "report.title",
-        [
-            ("label.rows_read", f"{report.rows_read:,}"),
-            ("label.rows_used", console.text("report.used", used=report.rows_used, held_out=report.rows_held_out)),
-            ("label.rows_refused", f"{report.rows_refused:,}"),
-            ("label.exact_duplicates", f"{report.exact_duplicates:,}"),
-            ("label.pairs", f"{report.pairs:,}"),
-            ("label.tokens", f"{report.total_tokens:,}"),
-            (
-                "label.learned_tokens",
-                console.text(
-                    "report.learned",
-                    learned=report.learned_tokens,
-                    share=report.learned_tokens / max(report.total_tokens, 1),
-                    template_share=template_share,
-                ),
-            ),
-            ("label.length", console.text("report.length", longest=report.longest, **report.quantiles)),
-            ("label.steps", f"{report.steps:,}"),
-        ],
-    )
+    console.pairs("report.title", report_lines(report, console.lang))
     for line in [*report.notes, *report.diagnosis]:
         console.write(f"  {line}")
 

@@ -51,10 +51,17 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row in one shape: messages in order; turns without `is_target: False` of the assistant are learned."""
+    """One row in one shape: messages in order; turns without `is_target: False` of the assistant are learned.
+
+    `tools`: what the template is told of tools. `rejected`: the same turns with the answer that was liked less, for
+    preference pairs. `text`: plain text to learn whole; then there are no messages.
+    """
 
     where: str
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    rejected: tuple[Message, ...] = ()
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +108,17 @@ class Trie:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A usable row: its pairs stay together in one optimizer step. `index` is its number in the data set."""
+    """A usable row: its pairs stay together in one optimizer step. `index` is its number in the data set.
+
+    `rejected`: of a preference pair, the answer that was liked less, behind the same prompt.
+    """
 
     index: int
     where: str
     pairs: tuple[Pair, ...]
     prompt: tuple[Message, ...] = ()
     answer: str = ""
+    rejected: tuple[Pair, ...] = ()
 
 
 def pairs_of(rows: Iterable[Row]) -> list[Pair]:
@@ -126,7 +137,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Report:
-    """What the preflight found. The fields are those of `truetune check --json`."""
+    """What the preflight found. The fields are those of `truetune check --json`.
+
+    `rows_overlapping`: held-out rows whose prompt is trained, too. `other_answers`: rows with a prompt that another
+    row answers otherwise. `rows_cut`: rows of which an overlong prompt lost its oldest turns. `formats`: rows of each.
+    """
 
     rows_read: int
     rows_used: int
@@ -142,5 +157,9 @@ class Report:
     steps: int
     diagnosis: Sequence[str] = ()
     rows_held_out: int = 0
+    rows_overlapping: int = 0
+    rows_cut: int = 0
+    other_answers: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
     quantiles: dict[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -79,7 +79,8 @@ def test_the_json_report_keeps_the_contract(tiny_qwen: Path, rows: Rows, write_j
     assert report["learned_template_tokens"] == 5 * 40
     assert 5 * 40 < report["learned_tokens"] < report["trie_tokens"] < report["total_tokens"]
     assert report["quantiles"]["p50"] <= report["longest"] <= report["total_tokens"] / 40 * 2
-    assert len(report["diagnosis"]) == 2
+    # Few steps, a repeat, and much of such short answers written by the template.
+    assert len(report["diagnosis"]) == 3
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["data.json", "report.json"]
 
 

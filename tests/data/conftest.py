@@ -30,7 +30,13 @@ def assert_fault() -> Callable[..., None]:
 
 
 @pytest.fixture
-def small_tokenizer() -> Callable[..., Any]:
+def small_tokenizer(small_tokenizers: Callable[..., Any]) -> Callable[..., Any]:
+    """See `small_tokenizers`."""
+    return small_tokenizers
+
+
+@pytest.fixture(scope="session")
+def small_tokenizers() -> Callable[..., Any]:
     """Make a tokenizer of 256 bytes and a few special tokens, in the process; every text decodes to itself."""
 
     def make(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from truetune.data import formats
-from truetune.data.formats import FORMATS, ROLES, ignored_keys, is_target, recognise, to_conversation
+from truetune.data import formats, turns
+from truetune.data.formats import FORMATS, ignored_keys, recognise, to_conversation
+from truetune.data.turns import is_target
 from truetune.errors import RowError
 from truetune.records import Conversation, RawRow
 
@@ -25,6 +26,10 @@ def _user(content: Any, **more: Any) -> dict[str, Any]:
 
 def _assistant(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
+
+
+def _call(name: str, arguments: Any, content: Any = None) -> dict[str, Any]:
+    return _assistant(content, tool_calls=[{"function": {"name": name, "arguments": arguments}}])
 
 
 def _system(content: Any) -> dict[str, Any]:
@@ -135,6 +140,12 @@ OPEN = [_user("a"), _assistant("b")]
 REFUSALS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "no answer": ({"instruction": "a", "input": "x"}, "row_missing_key", "row_missing_key", {"name": "output"}),
     "no question": ({"output": "a", "id": 1}, "row_missing_key", "row_missing_key", {"name": "instruction"}),
+    "rows inside": (
+        {"version": 1, "data": [ALPACA, ALPACA]},
+        "row_nested",
+        "row_nested",
+        {"name": "data", "count": 2},
+    ),
     "no key": ({}, "row_unknown_keys", "row_unknown_keys", {"near": ""}),
     "other keys": ({"q": "a", "z": "b"}, "row_unknown_keys", "row_unknown_keys", {"near": ""}),
     "slips": ({"instuction": "a", "z": "b"}, "row_unknown_keys", "row_did_you_mean", {"near": "instruction"}),
@@ -192,32 +203,112 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "history of one": (ALPACA | {"history": [["a", "b"], ["c"]]}, "row_history", "row_history", {"number": 2}),
     "history of null": (ALPACA | {"history": [["a", None]]}, "row_history", "row_history", {"number": 1}),
     "history is a text": (ALPACA | {"history": "a"}, "row_history", "row_history", {"number": 1}),
-    "messages is a text": ({"messages": "a"}, "row_messages", "row_messages", {"kind": "text"}),
-    "messages is an object": ({"messages": _user("a")}, "row_messages", "row_messages", {"kind": "object"}),
-    "no messages": ({"messages": []}, "row_messages", "row_messages", {"kind": "list"}),
+    "messages is a text": ({"messages": "a"}, "row_messages", "row_messages", {"name": "messages", "kind": "text"}),
+    "messages is an object": (
+        {"messages": _user("a")},
+        "row_messages",
+        "row_messages",
+        {"name": "messages", "kind": "object"},
+    ),
+    "no messages": ({"messages": []}, "row_messages", "row_messages", {"name": "messages", "kind": "list"}),
     "turn is a text": (
         {"messages": [_user("a"), "b"]},
         "row_turn_not_object",
         "row_messages",
         {"name": "messages[2]", "kind": "text"},
     ),
-    "turn with tool calls": (
-        {"messages": [_user("a"), _assistant("b", tool_calls=[], name="x")]},
+    "turn with other keys": (
+        {"messages": [_user("a", tool_calls=[]), _assistant("b")]},
         "row_turn_keys",
         "row_turn_keys",
-        {"name": "messages[2]", "found": "name, tool_calls"},
+        {"name": "messages[1]", "found": "tool_calls"},
     ),
     "role of ShareGPT": (
         {"messages": [{"role": "gpt", "content": "a"}]},
         "row_role",
         "row_role",
-        {"name": "messages[1]", "role": "'gpt'", "roles": "system, user, assistant"},
+        {"name": "messages[1]", "role": "'gpt'", "roles": "system, user, assistant, tool", "near": "gpt"},
+    ),
+    "role in capitals": (
+        {"messages": [{"role": "User ", "content": "a"}, _assistant("b")]},
+        "row_role",
+        "row_role_case",
+        {"name": "messages[1]", "role": "'User '", "roles": "system, user, assistant, tool", "near": "user"},
+    ),
+    "role that ShareGPT does not know": (
+        {"conversations": [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "row_role",
+        "row_role",
+        {"name": "conversations[1]", "role": "'me'", "roles": ", ".join(turns.SHAREGPT_ROLES), "near": ""},
+    ),
+    "call without a result": (
+        {"messages": [_user("a"), _call("f", "{}"), _user("b"), _assistant("c")]},
+        "row_tool_without_result",
+        "row_tool_without_result",
+        {"name": "messages[3]", "role": "user", "expected": "tool"},
+    ),
+    "arguments that are no JSON": (
+        {"messages": [_user("a"), _call("f", "{x}")]},
+        "row_tool_arguments",
+        "row_tool_arguments",
+        {
+            "name": "messages[2].tool_calls[1].arguments",
+            "problem": "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        },
+    ),
+    "arguments that are a list": (
+        {"messages": [_user("a"), _call("f", "[1]")]},
+        "row_tool_arguments",
+        "row_tool_arguments",
+        {"name": "messages[2].tool_calls[1].arguments", "problem": "list"},
+    ),
+    "call without a name": (
+        {"messages": [_user("a"), _assistant(None, tool_calls=[{"function": {"arguments": {}}}])]},
+        "row_tool_call",
+        "row_tool_call",
+        {"name": "messages[2].tool_calls[1]", "kind": "object"},
+    ),
+    "calls that are no list": (
+        {"messages": [_user("a"), _assistant(None, tool_calls="f")]},
+        "row_tool_call",
+        "row_tool_call",
+        {"name": "messages[2].tool_calls", "kind": "text"},
+    ),
+    "call of an unknown tool": (
+        {"messages": [_user("a"), _call("g", "{}")], "tools": [{"function": {"name": "f"}}]},
+        "row_tool_unknown",
+        "row_tool_unknown",
+        {"name": "messages[2]", "tool": "g", "known": "f"},
+    ),
+    "tools without names": (
+        {"messages": OPEN, "tools": [{"function": {}}]},
+        "row_tools",
+        "row_tools",
+        {"name": "tools[1]", "kind": "object"},
+    ),
+    "tools that are no list": (
+        {"messages": OPEN, "tools": '{"name": "f"}'},
+        "row_tools",
+        "row_tools",
+        {"name": "tools", "kind": "object"},
+    ),
+    "the same answer twice": (
+        {"prompt": "a", "chosen": "b", "rejected": "b"},
+        "row_same_answers",
+        "row_same_answers",
+        {},
+    ),
+    "rejected answer that is none": (
+        {"prompt": "a", "chosen": [_assistant("b")], "rejected": [_assistant("b"), _user("c")]},
+        "row_open_turn",
+        "row_open_turn",
+        {"name": "rejected[3]"},
     ),
     "no role": (
         {"messages": [_user("a"), {"content": "b"}]},
         "row_role",
         "row_role",
-        {"name": "messages[2]", "role": "None", "roles": "system, user, assistant"},
+        {"name": "messages[2]", "role": "None", "roles": "system, user, assistant, tool", "near": "none"},
     ),
     "flag is a text": (
         {"messages": [_user("a"), _assistant("b", train="false")]},
@@ -252,10 +343,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "system in the middle": (
         {"messages": [*OPEN, _system("s"), *OPEN]},
         "row_order",
-        "row_order",
+        "row_system_late",
         {"name": "messages[3]", "role": "system", "expected": "user"},
     ),
-    "only system": ({"messages": [_system("s")]}, "row_only_system", "row_open_turn", {}),
+    "only system": ({"messages": [_system("s")]}, "row_only_system", "row_open_turn", {"name": "messages"}),
     "no answer at the end": (
         {"messages": [_system("s"), *OPEN, _user("c")]},
         "row_open_turn",
@@ -280,10 +371,10 @@ def test_refusal(case: str, assert_fault: Callable[..., None]) -> None:
 
 
 def test_every_refusal_of_the_module_is_met_above() -> None:
-    source = Path(str(formats.__file__)).read_text()
-    named = set(re.findall(r'(?:_refuse|RowError)\(\s*(?:[\w.]+,\s*)?"(\w+)"', source))
+    source = "".join(Path(str(module.__file__)).read_text() for module in (formats, turns))
+    named = set(re.findall(r'\brefuse\(\s*[\w.]+,\s*"(\w+)"', source)) | {"row_order", "row_tool_without_result"}
     assert {key for _, key, _, _ in REFUSALS.values()} == named
-    assert len(named) >= 15
+    assert len(named) >= 21
 
 
 def test_a_refused_row_has_a_mended_twin_that_is_read() -> None:
@@ -318,8 +409,150 @@ def test_ignored_keys(value: dict[str, Any], ignored: set[str]) -> None:
     assert to_conversation(left) == to_conversation(row)
 
 
-def test_no_format_needs_what_another_one_needs() -> None:
-    needs = [set(known.needs) for known in FORMATS.values()]
-    assert len(needs) == 2
-    assert len(set().union(*needs)) == sum(map(len, needs)) == 3
-    assert ROLES == ("system", "user", "assistant")
+TURNS = [_system("S"), _user("q"), _assistant("a")]
+ANSWERS = {"chosen": "yes", "rejected": "no"}
+SHARE = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+def _sharegpt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"from": SHARE[turn["role"]], "value": turn["content"]} for turn in messages]
+
+
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "alpaca": [{"instruction": "q", "output": "a", "system": "S"}],
+    "messages": [{"messages": TURNS}, {"messages": TURNS[1:], "system": "S"}],
+    "sharegpt": [{"conversations": _sharegpt(TURNS)}, {"conversations": _sharegpt(TURNS[1:]), "system": "S"}],
+    "prompt and completion": [
+        {"prompt": "q", "completion": "a", "system": "S"},
+        {"prompt": TURNS[:2], "completion": TURNS[2:]},
+    ],
+    "prompt and response": [{"prompt": "q", "response": "a", "system": "S"}],
+    "query and response": [{"query": "q", "response": "a", "system": "S", "history": []}],
+    "question and answer": [{"question": "q", "answer": "a", "system": "S"}],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_says_the_same(name: str) -> None:
+    for value in SHAPES[name]:
+        assert recognise(RawRow(WHERE, value)) == name
+        assert _convert(value) == Conversation(WHERE, tuple(TURNS))
+        assert ignored_keys(RawRow(WHERE, value | {"id": 1})) == {"id"}
+
+
+PREFERENCES: dict[str, list[dict[str, Any]]] = {
+    "preference": [
+        {"prompt": "q", "system": "S", **ANSWERS},
+        {"prompt": TURNS[:2], "chosen": [_assistant("yes")], "rejected": [_assistant("no")]},
+    ],
+    "preference (instruction)": [{"instruction": "q", "system": "S", **ANSWERS}],
+    "preference (conversations)": [
+        {
+            "conversations": _sharegpt(TURNS[:2]),
+            "chosen": {"from": "gpt", "value": "yes"},
+            "rejected": {"from": "gpt", "value": "no"},
+        }
+    ],
+    "preference (two conversations)": [
+        {"chosen": [*TURNS[:2], _assistant("yes")], "rejected": [*TURNS[:2], _assistant("no")]}
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_every_shape_of_preference(name: str) -> None:
+    for value in PREFERENCES[name]:
+        assert recognise(RawRow(WHERE, value)) == name
+        found = _convert(value)
+        assert found.messages == (*TURNS[:2], _assistant("yes"))
+        assert found.rejected == (*TURNS[:2], _assistant("no"))
+
+
+def test_text_is_learned_whole() -> None:
+    assert _convert({"text": " some <s>text "}) == Conversation(WHERE, (), text=" some <s>text ")
+
+
+def test_every_format_is_met_above() -> None:
+    assert {*SHAPES, *PREFERENCES, "text"} == set(FORMATS)
+
+
+def test_a_format_that_is_tried_first_needs_more() -> None:
+    """A row that has the keys of two formats is read by the one that needs more of them, or neither holds the other."""
+    needs = [known.needs for known in FORMATS.values()]
+    assert all(not later > earlier for number, earlier in enumerate(needs) for later in needs[number + 1 :])
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x":  1}'])
+def test_tools_and_their_calls(tools: Any, arguments: Any) -> None:
+    """Of a row, arguments stay as they are written; ShareGPT's words for them say the same."""
+    result = {"role": "tool", "content": "2"}
+    messages = [_user("a"), _call("f", arguments), result, _assistant("b")]
+    found = _convert({"messages": messages, "tools": tools})
+    assert found.tools == tuple(TOOLS)
+    assert found.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+    assert found.messages[1]["content"] == ""
+    assert [turn["role"] for turn in found.messages] == ["user", "assistant", "tool", "assistant"]
+    call = json.dumps({"name": "f", "arguments": arguments})
+    turns = [("human", "a"), ("function_call", call), ("observation", "2"), ("gpt", "b")]
+    shared = _convert({"conversations": [{"from": role, "value": value} for role, value in turns], "tools": tools})
+    assert [turn["role"] for turn in shared.messages] == [turn["role"] for turn in found.messages]
+    assert shared.messages[1]["tool_calls"][0]["function"] == found.messages[1]["tool_calls"][0]["function"]
+    assert _convert({"messages": messages[:2], "tools": tools}).messages == found.messages[:2]
+
+
+def test_openai_s_weight_is_a_flag() -> None:
+    messages = [_user("a"), _assistant("b", weight=0), _user("c"), _assistant("d", weight=1)]
+    assert [is_target(turn) for turn in _convert({"messages": messages}).messages] == [False, False, False, True]
+
+
+def test_system_and_tools_are_read_by_every_shape() -> None:
+    """What a format says that it reads, it reads: nothing of it is left out without a note."""
+    values = [value for some in (*SHAPES.values(), *PREFERENCES.values()) for value in some]
+    compared = 0
+    for value in values:
+        row = RawRow(WHERE, {key: item for key, item in value.items() if key != "system"} | {"system": "Be brief."})
+        if "system" in ignored_keys(row) or json.dumps(value).count('"system"') > ("system" in value):
+            continue
+        assert to_conversation(row).messages[0] == _system("Be brief."), value
+        compared += 1
+        with_tools = RawRow(WHERE, row.value | {"tools": TOOLS})
+        if "tools" not in ignored_keys(with_tools):
+            assert to_conversation(with_tools).tools == tuple(TOOLS)
+    assert compared >= 8
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_preference_needs_both_answers(side: str) -> None:
+    answers = {"chosen": _assistant("yes"), "rejected": _assistant("no")}
+    answers[side] |= {"train": False}
+    assert _refused({"prompt": "q", **answers}).key == "row_nothing_learned"
+
+
+def test_null_is_no_key() -> None:
+    """Parquet fills what a turn does not have."""
+    turns = [_user("a", tool_calls=None, name=None), _assistant("b", reasoning_content=None, tool_calls=None)]
+    assert _convert({"messages": turns, "tools": None}) == _convert({"messages": OPEN})
+
+
+@pytest.mark.parametrize("tools", [[], "", "[]", None])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert _convert({"messages": OPEN, "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ({"messages": OPEN, "tools": [{"type": "function", "function": "f"}]}, "row_tools"),
+        ({"messages": OPEN, "tools": "[" * 100_000}, "row_tool_arguments"),
+        ({"messages": OPEN, "tools": [{"function": {"name": "f", "description": "\ud83d"}}]}, "row_bad_character"),
+        ({"messages": [_user("a"), _call("f", {"x": "\x00"})]}, "row_bad_character"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "row_role"),
+        ({"conversations": [{"from": "human", "value": "x", "content": "y"}]}, "row_role"),
+    ],
+)
+def test_odd_values_are_refused(value: dict[str, Any], key: str) -> None:
+    assert _refused(value).key == key

@@ -6,33 +6,32 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune.config import Config
+from truetune.data import prepare as prepare_module
 from truetune.data.prepare import (
     MAX_HELD_OUT,
     MIN_HELD_OUT,
     MIN_ROWS_TO_HOLD_OUT,
     Prepared,
     hash_files,
-    hash_rows,
-    num_steps,
     prepare,
     split,
-    write_rows,
 )
+from truetune.data.report import num_steps
 from truetune.data.template import Renderer, build_renderer
 from truetune.engine.order import batches
 from truetune.errors import UserError
 from truetune.messages import text
-from truetune.records import Pair, Row
+from truetune.records import Conversation, Pair
 
 STOP = "<|im_end|>"
 
@@ -41,13 +40,6 @@ STOP = "<|im_end|>"
 def renderer(qwen_tokenizer: Any) -> Renderer:
     """The renderer of the real Qwen3 tokenizer."""
     return build_renderer(qwen_tokenizer, [151645, 151643])
-
-
-def _rows(prompts: Sequence[int]) -> list[Row]:
-    """One row for each number, with that number as its prompt."""
-    return [
-        Row(index, f"rows.json:{index + 1}", (Pair((7, prompt), (index, 9)),)) for index, prompt in enumerate(prompts)
-    ]
 
 
 def _turns(*contents: str, **last: Any) -> dict[str, Any]:
@@ -95,21 +87,21 @@ MIXED: list[Any] = [
     {"instruction": "Hi", "output": "Hello.", "input": ""},
     {"instruction": "Hi", "output": "Good day.", "id": 3},
     {"instruction": "Hi"},
-    _turns("Hi", "Hello.", "Bye", "So long."),
-    _turns("Hi", "Hello.", "Bye", "So long.") | {"id": 6, "label": "x"},
+    {"instruction": "Bye", "output": "So long.", "history": [["Hi", "Hello."]]},
+    {"instruction": "Bye", "output": "So long.", "history": [["Hi", "Hello."]], "id": 6, "label": "x"},
     17,
     {"instruction": "Count", "output": "one two three four " * 30},
     {"instruction": "你好", "output": "</think>"},
     {"system": "Be brief.", "instruction": "Hi", "output": "Yo.", "label": "y"},
     {"system": "Be brief.", "instruction": "Hi, you", "output": "Yo."},
-    _turns("Hi", "Hello.", train=False),
+    {"instruction": "Hi", "output": " "},
 ]
 REFUSED = {
     3: "row_missing_key",
     6: "row_not_object",
     7: "row_too_long",
     8: "template_loses_text",
-    11: "row_nothing_learned",
+    11: "row_empty_text",
 }
 
 # What the braces of these texts are filled with.
@@ -129,7 +121,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def _prepare(path: Path, renderer: Renderer, *, lang: str = "en", **config: Any) -> Prepared:
-    return prepare(Config(data=[str(path)], max_length=60, **config), renderer, lang=lang)
+    return prepare(Config(data=[str(path)], **{"max_length": 60, **config}), renderer, lang=lang)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
@@ -194,6 +186,7 @@ def test_last_turn_only(mixed: Path, renderer: Renderer) -> None:
     everything, last = (_prepare(mixed, renderer, train_on=train_on) for train_on in ("all_turns", "last_turn"))
     assert (everything.report.pairs, last.report.pairs) == (9, 7)
     assert [row.pairs for row in last.train] == [row.pairs[-1:] for row in everything.train]
+    assert len(last.train) == 7
 
 
 def test_prompt_and_answer_of_a_row(mixed: Path, renderer: Renderer) -> None:
@@ -333,7 +326,9 @@ def test_diagnosis(
     write_json: Callable[..., Path],
     renderer: Renderer,
 ) -> None:
-    report = prepare(Config(data=[str(write_json(rows))], **config), renderer).report
+    # Without the empty think block, which would be much of such short answers.
+    off = build_renderer(renderer.tokenizer, [151645, 151643], template_kwargs={"enable_thinking": False})
+    report = prepare(Config(data=[str(write_json(rows))], **config), off).report
     values = {"steps": report.steps, "rate": Config(**config).learning_rate, "count": 0}
     keys = ("few_steps", "learning_rate", "duplicates", "no_held_out")
     assert {key for key in keys if text(f"diagnosis.{key}", **values) in report.diagnosis} == found
@@ -364,34 +359,31 @@ def test_diagnosis(
     ],
 )
 def test_how_many_are_held_out(num_rows: int, fraction: float, num_held_out: int) -> None:
-    train, held_out = split(_rows(range(num_rows)), fraction=fraction, seed=42)
-    assert (len(train), len(held_out)) == (num_rows - num_held_out, num_held_out)
-    assert not held_out or MIN_HELD_OUT <= len(held_out) <= MAX_HELD_OUT
-    assert not held_out or num_rows >= MIN_ROWS_TO_HOLD_OUT
+    is_held_out = split(np.arange(num_rows, dtype=np.uint64), fraction=fraction, seed=42)
+    assert (len(is_held_out), int(is_held_out.sum())) == (num_rows, num_held_out)
+    assert not num_held_out or MIN_HELD_OUT <= num_held_out <= MAX_HELD_OUT
+    assert not num_held_out or num_rows >= MIN_ROWS_TO_HOLD_OUT
 
 
 @settings(max_examples=30, deadline=None)
 @given(prompts=st.lists(st.integers(0, 30), min_size=32, max_size=120), seed=st.integers(0, 2**32))
 def test_split_keeps_same_prompts_together(prompts: list[int], seed: int) -> None:
-    rows = _rows(prompts)
-    train, held_out = split(rows, fraction=0.1, seed=seed)
-    assert {row.pairs[0].prompt_ids for row in train}.isdisjoint(row.pairs[0].prompt_ids for row in held_out)
-    assert sorted([*train, *held_out], key=lambda row: row.index) == rows
-    for side in (train, held_out):
-        assert [row.index for row in side] == sorted(row.index for row in side)
-    assert len(held_out) <= max(round(0.1 * len(rows)), MIN_HELD_OUT)
+    hashes = np.array(prompts, np.uint64)
+    is_held_out = split(hashes, fraction=0.1, seed=seed)
+    assert not set(hashes[is_held_out].tolist()) & set(hashes[~is_held_out].tolist())
+    assert is_held_out.sum() <= max(round(0.1 * len(prompts)), MIN_HELD_OUT)
 
 
 def test_split_holds_out_whole_groups_to_the_wanted_number() -> None:
-    rows = _rows([number // 2 for number in range(200)])
-    _, held_out = split(rows, fraction=0.1, seed=1)
-    assert len(held_out) == 20
-    assert len({row.pairs[0].prompt_ids for row in held_out}) == 10
+    prompts = np.arange(200) // 2
+    is_held_out = split(prompts, fraction=0.1, seed=1)
+    assert is_held_out.sum() == 20
+    assert len(set(prompts[is_held_out].tolist())) == 10
 
 
 def test_split_is_a_function_of_the_seed() -> None:
-    rows = _rows(range(200))
-    chosen = [tuple(row.index for row in split(rows, fraction=0.05, seed=seed)[1]) for seed in (*range(20), *range(20))]
+    prompts = np.arange(200)
+    chosen = [tuple(np.flatnonzero(split(prompts, fraction=0.05, seed=seed))) for seed in (*range(20), *range(20))]
     assert chosen[:20] == chosen[20:]
     assert len(set(chosen)) == 20
     # Ten of 200 rows, twenty times: every row has the same chance, so no place in the file is spared.
@@ -404,11 +396,13 @@ def test_split_by_config(rows: list[dict[str, str]], write_json: Callable[..., P
         prepare(Config(data=[path], **config), renderer)
         for config in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"eval_split": 0})
     )
-    assert first == again
-    assert first.held_out != other.held_out
+    assert list(first.train) == list(again.train)
+    assert list(first.held_out) == list(again.held_out)
+    assert first.data_hash == again.data_hash
+    assert list(first.held_out) != list(other.held_out)
     assert (len(first.held_out), len(none.held_out), len(none.train)) == (8, 0, 40)
     assert first.report.rows_held_out == 8
-    assert sorted([*first.train, *first.held_out], key=lambda row: row.index) == none.train
+    assert sorted([*first.train, *first.held_out], key=lambda row: row.index) == list(none.train)
 
 
 # --- steps ---
@@ -453,27 +447,6 @@ def test_num_steps_counts_the_batches_of_an_epoch() -> None:
 # --- files ---
 
 
-def test_write_and_read_pairs(mixed: Path, renderer: Renderer, tmp_path: Path) -> None:
-    rows = [*_prepare(mixed, renderer).train, Row(99, "其他.json:1", (Pair((), (2**31 - 1,), 0),))]
-    write_rows(tmp_path / "rows.arrow", rows)
-    read = _read(tmp_path / "rows.arrow")
-    assert read == [(row.index, pair) for row in rows for pair in row.pairs]
-    assert len(read) == 10
-
-
-def test_write_no_rows(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.arrow", [])
-    assert _read(tmp_path / "rows.arrow") == []
-
-
-def _read(path: Path) -> list[tuple[int, Pair]]:
-    """Row number and pair of each record, read by pyarrow alone."""
-    with pa.memory_map(str(path)) as source:
-        records = pa.ipc.open_file(source).read_all().to_pylist()
-    names = ("prompt_ids", "answer_ids")
-    return [(r["row"], Pair(*(tuple(r[name]) for name in names), r["num_template_tokens"])) for r in records]
-
-
 def test_hash_files(tmp_path: Path) -> None:
     first, second, copy = (tmp_path / name for name in ("first", "second", "copy"))
     first.write_bytes(b"one two")
@@ -498,7 +471,159 @@ def test_data_hash_follows_the_file(mixed: Path, renderer: Renderer) -> None:
     assert _prepare(mixed, renderer).data_hash == before.data_hash
     output = before.train[0].answer
     mixed.write_text(content.replace(output, output + "!"), encoding="utf-8")
-    hashes = {before.data_hash, _prepare(mixed, renderer).data_hash, hash_rows(before.train[1:], before.train[:1])}
-    hashes |= {hash_rows(before.train, []), hash_rows([], before.train), hash_rows(before.train[::-1], [])}
-    assert before.data_hash == hash_rows(before.train, before.held_out)
-    assert len(hashes) == 5
+    hashes = {before.data_hash, _prepare(mixed, renderer).data_hash, _prepare(mixed, renderer, max_length=30).data_hash}
+    off = build_renderer(renderer.tokenizer, [151645, 151643], template_kwargs={"enable_thinking": False})
+    hashes |= {_prepare(mixed, off).data_hash}
+    assert len(hashes) == 4
+
+
+# --- what was prepared before ---
+
+
+def _count_renders(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    render = Renderer.render
+
+    def counted(self: Renderer, conversations: Any, **more: Any) -> Any:
+        counts.append(len(conversations))
+        return render(self, conversations, **more)
+
+    monkeypatch.setattr(Renderer, "render", counted)
+    return counts
+
+
+def test_prepared_rows_are_used_again(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time nothing is rendered, and report and rows are the same; in the other language, too."""
+    counts = _count_renders(monkeypatch)
+    some = build_renderer(renderer.tokenizer, [151645, 151643], system="once")
+    first = _prepare(mixed, some)
+    assert sum(counts) == 9
+    again = _prepare(mixed, some, lang="en")
+    chinese = _prepare(mixed, some, lang="zh")
+    assert sum(counts) == 9
+    assert list(first.train) == list(again.train)
+    assert (first.report, first.data_hash) == (again.report, again.data_hash)
+    assert [row.where for row in chinese.report.refused] == [row.where for row in first.report.refused]
+    assert chinese.report.refused[0].reason != first.report.refused[0].reason
+
+
+def test_what_matters_is_rendered_again(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, keys and template: each of them changed makes prepared rows of before useless."""
+    counts = _count_renders(monkeypatch)
+
+    def other(**more: Any) -> Renderer:
+        return build_renderer(renderer.tokenizer, more.pop("stops", [151645, 151643]), **more)
+
+    off = other(template_kwargs={"enable_thinking": False}, system="a")
+    runs: list[tuple[Renderer, dict[str, Any]]] = [(other(system="a"), {}), (other(system="b"), {}), (off, {})]
+    runs += [(other(system="a", stops=[151643]), {}), (other(system="a"), {"input_join": "+"})]
+    runs += [(other(system="a"), {"train_on": "last_turn"}), (other(system="a"), {"overlong": "cut_prompt"})]
+    for some, keys in runs:
+        before = len(counts)
+        _prepare(mixed, some, **keys)
+        assert len(counts) > before, keys
+    mixed.write_text(mixed.read_text(encoding="utf-8").replace("Yo.", "Ya."), encoding="utf-8")
+    before = len(counts)
+    _prepare(mixed, other(system="a"))
+    assert len(counts) > before
+
+
+@pytest.mark.parametrize("size", [1, 3, 512])
+def test_batches_change_nothing(size: int, mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _prepare(mixed, renderer)
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", size)
+    monkeypatch.setattr(prepare_module, "STORE_VERSION", -size)
+    parts = _prepare(mixed, renderer)
+    assert list(parts.train) == list(whole.train)
+    assert parts.report == whole.report
+
+
+def test_progress_counts_the_rows(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", 2)
+    counts: list[int] = []
+    some = build_renderer(renderer.tokenizer, [151645, 151643], system="progress")
+    prepare(Config(data=[str(mixed)], max_length=60), some, on_progress=counts.append)
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    assert len(counts) >= 4
+
+
+# --- shapes and lengths ---
+
+
+def test_one_file_has_one_shape(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    alpaca, turns = {"instruction": "Hi", "output": "Yo."}, _turns("Hi", "Hello.")
+    mixed = write_json([alpaca, turns, alpaca, {"text": "x"}, turns], "mixed.json")
+    report = _prepare(mixed, renderer).report
+    assert (report.rows_used, report.rows_refused, report.formats) == (2, 3, {"alpaca": 2})
+    assert report.refused[0].reason == text("error.row_other_shape", found="messages", first="alpaca")
+    files = [str(write_json([row] * 2, f"{number}.json")) for number, row in enumerate((alpaca, turns, {"text": "x"}))]
+    several = prepare(Config(data=files), renderer).report
+    assert (several.rows_used, several.formats) == (6, {"alpaca": 2, "messages": 2, "text": 2})
+
+
+def test_oldest_turns_are_cut(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """Whole exchanges go, system message and answer stay; each pair is what the shorter conversation gives."""
+    turns = [content for number in range(6) for content in (f"question {number} " * 3, f"answer {number}")]
+    messages = [{"role": "system", "content": "S"}, *_turns(*turns)["messages"]]
+    path = write_json([{"messages": messages}])
+    refused = prepare(Config(data=[str(path)], max_length=60), renderer).report
+    assert refused.rows_refused == 1
+    cut = prepare(Config(data=[str(path)], max_length=60, overlong="cut_prompt"), renderer)
+    assert (cut.report.rows_used, cut.report.rows_cut, cut.report.longest <= 60) == (1, 1, True)
+    assert text("note.cut", count=1) in cut.report.notes
+    (row,) = cut.train
+    assert len(row.pairs) == 6
+    for number, pair in enumerate(row.pairs):
+        kept = [
+            start
+            for start in range(number + 1)
+            if len(_pair_of(renderer, [messages[0], *messages[1 + 2 * start : 3 + 2 * number]])) <= 60
+        ]
+        assert pair == _pair_of(renderer, [messages[0], *messages[1 + 2 * kept[0] : 3 + 2 * number]])
+    too_long = write_json([_turns("a", "b", "c", "long " * 100)], "long.json")
+    report = prepare(Config(data=[str(too_long)], max_length=60, overlong="cut_prompt"), renderer).report
+    assert (report.rows_used, report.rows_refused) == (0, 1)
+
+
+def _pair_of(renderer: Renderer, messages: list[dict[str, Any]]) -> Pair:
+    return renderer.pairs(Conversation("x:1", tuple(messages)))[-1]
+
+
+def test_preference_rows_learn_the_chosen_answer(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json([{"prompt": "Hi", "chosen": "Yes.", "rejected": "No, never."}])
+    prepared = _prepare(path, renderer)
+    (row,) = prepared.train
+    assert row.pairs[0].prompt_ids == row.rejected[0].prompt_ids
+    decoded = [renderer.tokenizer.decode(pair.answer_ids) for pair in (*row.pairs, *row.rejected)]
+    assert decoded == [f"<think>\n\n</think>\n\n{answer}{STOP}" for answer in ("Yes.", "No, never.")]
+    assert prepared.report.learned_tokens == len(row.pairs[0].answer_ids)
+    assert text("note.preference", count=1) in prepared.report.notes
+
+
+def test_text_rows_learn_all_of_it(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    (row,) = _prepare(write_json([{"text": "Some <|im_end|> text."}]), renderer).train
+    (pair,) = row.pairs
+    assert renderer.tokenizer.decode(pair.prompt_ids + pair.answer_ids) == "Some <|im_end|> text." + STOP
+    assert len(pair.prompt_ids) == 1
+    assert 151645 not in pair.prompt_ids + pair.answer_ids[:-1]
+
+
+def test_texts_are_told_apart(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """They have no prompt: what they begin with makes no group, so some are held out and none answers another."""
+    path = write_json([{"text": f"The same beginning, and the end is {number}."} for number in range(60)])
+    prepared = prepare(Config(data=[str(path)]), renderer)
+    assert (len(prepared.train), len(prepared.held_out)) == (52, 8)
+    assert (prepared.report.other_answers, prepared.report.exact_duplicates) == (0, 0)
+    long = write_json([{"text": "word " * 500}], "long.json")
+    assert prepare(Config(data=[str(long)], max_length=60, overlong="cut_prompt"), renderer).report.rows_refused == 1
+
+
+def test_weights_that_leave_nothing(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    path = write_json([{"instruction": f"q {number}", "output": "a"} for number in range(10)])
+    with pytest.raises(UserError) as caught:
+        prepare(Config(data=[str(path)], data_weights=[0.02]), renderer)
+    assert caught.value.key == "no_rows"
+    with pytest.raises(UserError) as caught:
+        prepare(Config(data=[str(path)], data_weights=[1, 1]), renderer)
+    assert caught.value.key == "data_weights"

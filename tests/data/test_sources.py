@@ -1,7 +1,10 @@
-"""Files → rows: every row has the line where it stands, and what is not JSON is refused where it stands."""
+"""Names → files → rows: JSON, CSV, Parquet, compressed files; what is no data file is refused."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import os
 import re
@@ -9,221 +12,167 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pyarrow import parquet
 
 from truetune.data import sources
-from truetune.data.sources import find_files, kind_of, read_rows
-from truetune.errors import RowError, UserError
+from truetune.data.sources import Source, read_rows
+from truetune.errors import UserError
 from truetune.records import RawRow
 
-ROWS = [{"id": n, "instruction": f"问题 {n}", "output": 'quote " comma , brace } bracket ]'} for n in range(5)]
+ROWS = [
+    {"instruction": "2024-01-02", "output": "007"},
+    {"instruction": 'a "quoted", text\r\nof two lines', "output": "1e5"},
+    {"instruction": "你好 👩\u200d🚀", "output": " null "},
+    {"instruction": "NaN", "output": "\u2028 tab\t end"},
+]
 
 
-def _dumps(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def find_files(names: list[str]) -> list[Path]:
+    return [source.path for source in sources.find_files(names)]
 
 
-LAYOUTS: dict[str, str] = {
-    "array": _dumps(ROWS),
-    "array, indented": _dumps(ROWS, indent=4),
-    "array, a row a line": "[\n" + ",\n".join(map(_dumps, ROWS)) + "\n]\n",
-    "array, commas first": "\n\n[ " + "\n\n  , ".join(map(_dumps, ROWS)) + "]",
-    "array, CRLF": _dumps(ROWS, indent=1).replace("\n", "\r\n"),
-    "array, BOM": "\ufeff" + _dumps(ROWS, indent=1),
-    "lines": "\n".join(map(_dumps, ROWS)),
-    "lines, blank lines": "\n\n" + "\n \t\n\n".join(map(_dumps, ROWS)) + "\n\n\n",
-    "lines, CRLF": "".join(_dumps(row) + "\r\n" for row in ROWS),
-    "lines, BOM": "\ufeff" + "".join(_dumps(row) + "\n" for row in ROWS),
-    "lines, indented": "".join("\t " + _dumps(row) + " \n" for row in ROWS),
-}
+def _values(path: Path, **more: Any) -> list[Any]:
+    return [row.value if isinstance(row, RawRow) else row.key for row in read_rows(Source(path), **more)]
 
 
-def _lines(content: str) -> list[int]:
-    """The line of each row's opening brace, found by the row's id."""
-    starts = [content.rindex("{", 0, match.start()) for match in re.finditer(r'"id": \d', content)]
-    return [content.count("\n", 0, start) + 1 for start in starts]
-
-
-def _read(path: Path, content: str | bytes) -> list[RawRow | RowError]:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return list(read_rows(path))
-
-
-def _fault(path: Path, content: str | bytes) -> UserError:
+def _fault(path: Path, **more: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        _read(path, content)
+        list(read_rows(Source(path), **more))
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.txt"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_and_their_lines(layout: str, name: str, tmp_path: Path) -> None:
+def _csv(rows: list[dict[str, str]], *, delimiter: str = ",") -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _lines() -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def write(path: Path) -> None:
+    """Write ROWS in the kind of file that the name says."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        parquet.write_table(pa.Table.from_pylist(ROWS), str(path))
+        return
+    content = {
+        "rows.json": json.dumps(ROWS, ensure_ascii=False).encode(),
+        "rows.jsonl": _lines(),
+        "rows.csv": _csv(ROWS).encode(),
+        "bom.csv": ("\ufeff" + _csv(ROWS)).encode(),
+        "rows.tsv": _csv(ROWS, delimiter="\t").encode(),
+    }[name]
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = pa.Codec("zstd").compress(content, asbytes=True)
+    path.write_bytes(content)
+
+
+KINDS = ["rows.json", "rows.jsonl", "rows.csv", "bom.csv", "rows.tsv", "rows.parquet"]
+KINDS += ["rows.json.gz", "rows.jsonl.zst", "rows.csv.gz", "rows.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> None:
+    """Dates, numbers, null and NaN stay the text that they are."""
     path = tmp_path / name
-    read = _read(path, LAYOUTS[layout])
-    lines = _lines(LAYOUTS[layout])
-    assert len(read) == len(lines) == len(ROWS)
-    # A row on the line of the one before it carries its number, too.
-    numbers = [f"#{n}" if n > 1 and line == lines[n - 2] else "" for n, line in enumerate(lines, start=1)]
-    places = [f"{path}:{line}{number}" for line, number in zip(lines, numbers, strict=True)]
-    assert read == [RawRow(place, row) for place, row in zip(places, ROWS, strict=True)]
+    write(path)
+    assert _values(path) == ROWS
+    assert find_files([str(tmp_path)]) == [path]
 
 
-def test_layouts_put_rows_on_different_lines() -> None:
-    assert len({tuple(_lines(content)) for content in LAYOUTS.values()}) == 6
+def test_rows_of_a_csv_know_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    write(path)
+    assert [row.where for row in read_rows(Source(path))] == [f"{path}:{line}" for line in (2, 3, 5, 6)]
+    path.write_text("a,b\n1,2\n\n3\n4,5,6\n7,8\n")
+    rows = list(read_rows(Source(path)))
+    assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
+    assert [getattr(row, "key", None) for row in rows] == [None, "row_csv_fields", "row_csv_fields", None]
 
 
-def test_one_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
-    path = tmp_path / "one.json"
-    assert _read(path, "\n\n" + _dumps(ROWS[0], indent=2) + "\n") == [RawRow(f"{path}:3", ROWS[0])]
+def test_csv_of_one_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text\n"abc, def"\n')
+    assert _values(path) == [{"text": "abc, def"}]
 
 
-TEXTS = [
-    "2024-01-02",
-    "12:30",
-    "007",
-    "1e5",
-    "0x10",
-    "1_000",
-    "true",
-    "null",
-    "NaN",
-    "no",
-    " a ",
-    "\u2028\u2029\x85\x0b\x0c",
-]
-TEXTS += ["\ufeff", "e\u0301 é", "\U0001f469\u200d\U0001f680", "שלום", '\x7f\t\r\n\\"/', "\U000f0000"]
+def test_null_of_a_parquet_file_is_no_value(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"a": "x", "b": None}, {"a": None, "b": "y"}]), str(path))
+    assert _values(path) == [{"a": "x"}, {"b": "y"}]
+    assert [row.where for row in read_rows(Source(path))] == [f"{path}:1", f"{path}:2"]
 
 
-@pytest.mark.parametrize("ascii_only", [False, True])
-@pytest.mark.parametrize("is_array", [False, True])
-def test_text_stays_as_it_is(is_array: bool, ascii_only: bool, tmp_path: Path) -> None:
-    rows = [{"id": value, value: [value, {"deep": value}]} for value in TEXTS]
-    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
-    content = "[" + ",\n".join(lines) + "]" if is_array else "\n".join(lines)
-    path = tmp_path / "rows"
-    read = _read(path, content)
-    assert read == [RawRow(f"{path}:{number}", row) for number, row in enumerate(rows, start=1)]
-    assert len(read) == 18
-
-
-def test_values_keep_their_types(tmp_path: Path) -> None:
-    values = {"a": 1e5, "b": 7, "c": True, "d": None, "e": [], "f": {}, "g": "7", "h": 10**40}
-    (row,) = _read(tmp_path / "rows.json", _dumps([values]))
-    assert isinstance(row, RawRow)
-    assert {key: (type(value), value) for key, value in row.value.items()} == {
-        key: (type(value), value) for key, value in values.items()
-    }
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    values=st.lists(JSON_VALUES, min_size=1, max_size=5),
-    indent=st.sampled_from([None, 0, 3]),
-    ascii_only=st.booleans(),
-)
-def test_reads_what_json_writes(
-    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, ascii_only: bool
-) -> None:
-    rows = [{"first": "", "second": "", "value": value} for value in values]
-    array = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
-    lines = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows).encode()
-    path = tmp_path_factory.getbasetemp() / "property.json"
-    for content in (array, lines):
-        assert [row.value for row in _read(path, content) if isinstance(row, RawRow)] == rows
-
-
-# "¦" marks the place that the fault names; it is taken out before the file is written.
-NOT_JSON = {
-    "comma before ]": ('[\n {"a": "é"},\n¦]\n', "Expecting value"),
-    "comma after [": ('[¦, {"a": 1}]', "Expecting value"),
-    "comment": ('[\n  {"a": 1},\n  ¦// 注释\n  {"a": 2}\n]', "Expecting value"),
-    "comment first": ('¦// rows\n{"a": 1}\n', "Expecting value"),
-    "no comma between rows": ('[{"a": "你"}\n ¦{"a": 2}]', "expected , or ]"),
-    "no bracket at the end of a list": ('[\n {"a": ["你", 2 ¦}\n]\n', "Expecting ',' delimiter"),
-    "no value": ('{"a": 1}\n{"a": ¦}\n{"a": 3}\n', "Expecting value"),
-    "single quotes": ("\n[{¦'a': 1}]", "Expecting property name enclosed in double quotes"),
-    "number 007": ('[{"a": 0¦07}]', "Expecting ',' delimiter"),
-    "tab inside text": ('\n\r\n{"a": "x¦\ty"}\n', "Invalid control character at"),
-    "two objects on a line": ('{"a": 1} ¦{"a": 2}\n', "Extra data"),
-    "array behind an array": ('[{"a": 1}]\n¦[{"a": 2}]', "text behind the closing ]"),
-    "after a BOM": ('\ufeff{"a": 1}\n{¦a: 1}', "Expecting property name enclosed in double quotes"),
-    "a long line": ('[{"a": "' + "0123456789" * 4 + '" ¦x ' + "y" * 40 + "]", "Expecting ',' delimiter"),
+BAD_FILES: dict[str, tuple[bytes, str, str]] = {
+    "rows.csv": (b"instruction;output\na;b\n", "data_csv_header", "data_csv_semicolon"),
+    "twice.csv": (b"a,b,a\n1,2,3\n", "data_csv_header", "data_csv_header"),
+    "quote.csv": (b'a,b\n1,"x" y\n', "data_csv", "data_csv"),
+    "open.csv": (b'a,b\n1,"x\n', "data_csv", "data_csv"),
+    "gbk.csv": ("a,b\n1,你好\n".encode("gbk"), "data_not_utf8", "data_not_utf8"),
+    "empty.csv": (b"", "data_empty", "data_empty"),
+    "rows.xlsx": (b"PK", "data_kind", "data_sheet"),
+    "rows.zip": (b"PK", "data_kind", "data_archive"),
+    "rows.parquet": (b"not parquet", "data_unreadable", "data_unreadable"),
+    "rows.json.gz": (b"not gzip", "data_unreadable", "data_unreadable"),
+    "cut.jsonl.gz": (gzip.compress(_lines())[:-20], "data_unreadable", "data_unreadable"),
+    "empty.json": (b"", "data_empty", "data_empty"),
 }
 
 
-def _place(folder: Path, marked: str) -> tuple[str, str]:
-    """The place of the mark, and what the message shows of its line: 30 characters before and after."""
-    before, after = marked.removeprefix("\ufeff").split("¦")
-    lines = before.split("\n")
-    where = f"{folder / 'rows.json'}:{len(lines)}:{len(lines[-1]) + 1}"
-    return where, lines[-1][-30:] + after.split("\n")[0][:30]
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(name: str, tmp_path: Path) -> None:
+    content, key, fix = BAD_FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    error = _fault(path)
+    assert (error.key, error.fix) == (key, fix)
+    assert error.where.startswith(str(path))
 
 
-@pytest.mark.parametrize("case", NOT_JSON)
-def test_not_json_names_line_and_column(case: str, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    marked, problem = NOT_JSON[case]
-    where, context = _place(tmp_path, marked)
-    error = _fault(tmp_path / "rows.json", marked.replace("¦", ""))
-    assert_fault(error, "data_not_json", where=where, problem=problem, context=context)
+def test_encoding_of_a_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("a,b\n1,你好\n".encode("gbk"))
+    assert _values(path, encoding="gbk") == [{"a": "1", "b": "你好"}]
 
 
-CUT = {
-    "no closing bracket": ('[\n{"a": 1},\n{"a": 2}¦', 2),
-    "no closing bracket, newline": ('[\n{"a": 1},\n{"a": 2}\n¦', 2),
-    "after a comma": ('[{"a": 1},\n¦', 2),
-    "only a bracket": ("[¦", 1),
-    "after a key": ('[{"a": 1}, {"a": 2}, {"a"¦', 3),
-    "after a colon": ('[{"a": "你"}, {"a":¦', 2),
-    "inside a text": ('[{"a": 1}, {"a": ¦"hel', 2),
-    "inside a word": ('{"a": 1}\n{"a": ¦tru', 2),
-    "inside a list": ('[{"a": [1, 2¦', 1),
-    "line, after a colon": ('{"a": 1}\n{"a":¦', 2),
-    "line, after a value": ('{"a": 1}\n{"a": 2}\n{"a": 3¦\n', 3),
-}
+def test_file_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 500_000))
+    monkeypatch.setattr(sources, "MIN_EXPANDED", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_EXPANSION", 10)
+    assert _fault(path).key == "data_bomb"
 
 
-@pytest.mark.parametrize("case", CUT)
-def test_cut_file(case: str, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    marked, record = CUT[case]
-    error = _fault(tmp_path / "rows.json", marked.replace("¦", ""))
-    assert_fault(error, "data_cut", where=_place(tmp_path, marked)[0], record=record)
+def test_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    """D51."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(_lines())
+    rows = read_rows(Source(path))
+    next(rows)
+    with path.open("ab") as stream:
+        stream.write(_lines())
+    with pytest.raises(UserError) as caught:
+        list(rows)
+    assert caught.value.key == "data_changed"
 
 
-def test_cut_inside_a_character(tmp_path: Path, assert_fault: Callable[..., None]) -> None:
+def test_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.json"
-    error = _fault(path, '{"a": 1}\n{"a": "你'.encode()[:-1])
-    assert_fault(error, "data_cut_in_character", fix="data_cut", where=f"{path}:2")
+    path.write_bytes(_lines())
 
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
 
-HARD = {
-    "nested too deeply": ('[{"a":' + "[" * 100_000 + "]" * 100_000 + "}]", "data_not_json"),
-    "key twice and broken": ('[{"a":{"x":1,"x":2},"b":}]', "data_not_json"),
-    "single object with a fault": ('{\n "a": 1,\n "b": ,\n "c": 2\n}', "data_not_json"),
-}
-
-
-@pytest.mark.parametrize("case", HARD)
-def test_hard_faults_are_named_where_they_are(case: str, tmp_path: Path) -> None:
-    content, key = HARD[case]
-    error = _fault(tmp_path / "rows.json", content)
-    assert error.key == key
-    if case == "single object with a fault":
-        assert error.where.endswith(":3:7")
-
-
-def test_single_object_with_a_key_twice_is_one_refused_row(tmp_path: Path) -> None:
-    (row,) = _read(tmp_path / "rows.json", '{\n "a": 1,\n "a": 2\n}')
-    assert isinstance(row, RowError)
-    assert row.key == "row_key_twice"
+    monkeypatch.setattr(Path, "open", refuse)
+    assert _fault(path).key == "data_unreadable"
 
 
 def test_folder_named_like_a_data_file_is_no_data_file(tmp_path: Path) -> None:
@@ -232,109 +181,12 @@ def test_folder_named_like_a_data_file_is_no_data_file(tmp_path: Path) -> None:
     assert find_files([str(tmp_path)]) == [tmp_path / "y.json"]
 
 
-@pytest.mark.parametrize("content", ["[{},\n {},\n {'a': 1}]", '{"a": 1}\n{"a": 2}\n{"a": }'])
-def test_rows_before_a_fault_are_yielded(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    path.write_text(content)
-    read = []
-    with pytest.raises(UserError):
-        read.extend(row.where for row in read_rows(path))
-    assert read == [f"{path}:1", f"{path}:2"]
-
-
-@pytest.mark.parametrize("name", ["NaN", "Infinity", "-Infinity"])
-@pytest.mark.parametrize("is_array", [False, True])
-def test_constants_that_json_does_not_know(is_array: bool, name: str, tmp_path: Path) -> None:
-    content = f'{{"a": 1}},\n{{"a": {name}}}]' if is_array else f'{{"a": 1}}\n{{"a": {name}}}\n'
-    error = _fault(tmp_path / "rows.json", "[" + content if is_array else content)
-    assert (error.key, error.values["problem"]) == ("data_not_json", f"{name} is not JSON")
-    assert error.where.startswith(f"{tmp_path / 'rows.json'}:2:")
-
-
-@pytest.mark.parametrize("content", ["", " \n\t\r\n", "\ufeff", "[]", "\n[ \n ]\n", "\ufeff[]"])
-def test_empty_file(content: str, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    assert_fault(_fault(tmp_path / "rows.json", content), "data_empty", where=str(tmp_path / "rows.json"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf16(encoding: str, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    content = _dumps(ROWS) if encoding == "utf-16" else "\ufeff" + _dumps(ROWS)
-    path = str(tmp_path / "rows.json")
-    assert_fault(_fault(Path(path), content.encode(encoding)), "data_utf16", where=path, path=path)
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "byte"),
-    [
-        (b'{"a": 1}\n\n{"a": "\xff"}', 3, 17),
-        (b"\x80", 1, 0),
-        ('[\n{"a": "你好"}]'.encode("gbk"), 2, 9),
-    ],
-)
-def test_not_utf8(content: bytes, line: int, byte: int, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    path = tmp_path / "rows.json"
-    assert len(content[:byte].decode().split("\n")) == line
-    assert_fault(_fault(path, content), "data_not_utf8", where=f"{path}:{line}", byte=byte, path=str(path))
-
-
-BAD_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "key twice": ('{"a": 1, "b": 2, "b": 2, "a": 3}', "row_key_twice", {"name": "b"}),
-    "key twice, inside": ('{"a": [{"x": 1, "x": 2}], "b": 2}', "row_key_twice", {"name": "x"}),
-    "key twice, escaped": ('{"a": 1, "\\u0061": 2}', "row_key_twice", {"name": "a"}),
-    "number": ("17", "row_not_object", {"kind": "number"}),
-    "fraction": ("-1.5e3", "row_not_object", {"kind": "number"}),
-    "text": ('"a text"', "row_not_object", {"kind": "text"}),
-    "null": ("null", "row_not_object", {"kind": "null"}),
-    "true": ("true", "row_not_object", {"kind": "boolean"}),
-    "nested": ('{"data": [{"a": 1}, {"a": 2}]}', "row_nested", {"name": "data", "count": 2}),
-    "nested, beside": ('{"version": "1", "rows": [{"a": 1}]}', "row_nested", {"name": "rows", "count": 1}),
-}
-
-
-@pytest.mark.parametrize("layout", ["[\n{good},\n{bad},\n{good}\n]", "{good}\n{bad}\n{good}\n"])
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_row_between_good_ones(case: str, layout: str, tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    bad, key, values = BAD_ROWS[case]
-    path = tmp_path / "rows.json"
-    content = layout.replace("{good}", '{"id": 1}').replace("{bad}", bad)
-    line = content.split("\n").index(next(part for part in content.split("\n") if bad in part)) + 1
-    read = _read(path, content)
-    assert [type(row) for row in read] == [RawRow, RowError, RawRow]
-    assert [row.where for row in read] == [f"{path}:{line - 1}", f"{path}:{line}", f"{path}:{line + 1}"]
-    assert isinstance(read[1], RowError)
-    assert_fault(read[1], key, where=f"{path}:{line}", **values)
-
-
-def test_list_as_a_row(tmp_path: Path, assert_fault: Callable[..., None]) -> None:
-    path = tmp_path / "rows.json"
-    good, bad = _read(path, '[{"id": 1},\n[{"id": 2}]]')
-    assert isinstance(good, RawRow)
-    assert isinstance(bad, RowError)
-    assert_fault(bad, "row_not_object", where=f"{path}:2", kind="list")
-
-
-@pytest.mark.parametrize("is_pretty", [False, True])
-def test_file_of_one_object_with_the_rows_inside(
-    is_pretty: bool, tmp_path: Path, assert_fault: Callable[..., None]
-) -> None:
-    path = tmp_path / "rows.json"
-    (error,) = _read(path, _dumps({"data": ROWS}, indent=2 if is_pretty else None))
-    assert isinstance(error, RowError)
-    assert_fault(error, "row_nested", where=f"{path}:1", name="data", count=len(ROWS))
-
-
-def test_messages_are_not_taken_for_nested_rows(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns}, {"id": 1, "messages": turns}, {"history": [["a", "b"]], "output": "c"}]
-    assert [getattr(row, "value", row) for row in _read(tmp_path / "rows.json", _dumps(rows))] == rows
-
-
 def test_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name in ("b.json", "a.jsonl", "c.csv", "d.json.bak", "10.json", "9.json", "README"):
+    for name in ("b.json", "a.jsonl", "c.csv", "d.json.bak", "e.zip", "10.json", "9.json", "README"):
         (folder / name).touch()
-    in_folder = [folder / name for name in ("10.json", "9.json", "a.jsonl", "b.json")]
+    in_folder = [folder / name for name in ("10.json", "9.json", "a.jsonl", "b.json", "c.csv")]
     assert find_files([]) == []
     assert find_files([str(folder)]) == in_folder
     assert find_files([str(folder / "c.csv"), str(folder), str(folder / "b.json")]) == [
@@ -361,7 +213,7 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
     key, fix, values = NOT_FOUND[name]
     (tmp_path / "train.json").touch()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "rows.csv").touch()
+    (tmp_path / "empty" / "rows.txt").touch()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as caught:
         find_files([str(tmp_path / "train.json"), str(tmp_path / name)])
@@ -371,26 +223,6 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
 
 def test_every_fault_of_the_module_is_met_above() -> None:
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', Path(str(sources.__file__)).read_text()))
-    met = {"data_not_json", "data_cut", "data_cut_in_character", "data_empty", "data_utf16", "data_not_utf8"}
-    met |= {key for _, key, _ in BAD_ROWS.values()} | {key for key, _, _ in NOT_FOUND.values()}
-    assert met == named
+    met = {key for _, key, _ in BAD_FILES.values()} | {key for key, _, _ in NOT_FOUND.values()}
+    assert named <= met | {"data_bomb", "data_changed", "row_csv_fields", "data_hub_files"}
     assert len(named) >= 11
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        (3, "number"),
-        (-1.5, "number"),
-        (0, "number"),
-        (True, "boolean"),
-        (False, "boolean"),
-        (None, "null"),
-        ([], "list"),
-        ({}, "object"),
-        ("", "text"),
-    ],
-)
-def test_kind_of(value: Any, kind: str) -> None:
-    assert kind_of(value) == kind
-    assert kind_of(json.loads(json.dumps(value))) == kind

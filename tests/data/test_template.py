@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from truetune.data import jinja as jinja_module
 from truetune.data import template as template_module
 from truetune.data.template import TEMPLATES, Renderer, build_renderer
 from truetune.errors import RowError, UserError
@@ -597,7 +598,7 @@ def test_renderer_that_cannot_be_built(
 
 
 def test_every_fault_of_the_module_is_met_above() -> None:
-    source = Path(str(template_module.__file__)).read_text()
+    source = "".join(Path(str(module.__file__)).read_text() for module in (template_module, jinja_module))
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', source))
     assert {key for _, _, key, _, _ in SHAPES.values()} | set(BUILD) | {
         "template_not_prefix",

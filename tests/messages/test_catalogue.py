@@ -16,9 +16,8 @@ from truetune import errors
 from truetune.cli import COMMANDS
 from truetune.config import Config
 from truetune.messages import CATALOGUES, text
-from truetune.messages.en import TEXTS as ENGLISH
-from truetune.messages.zh import TEXTS as CHINESE
 
+ENGLISH, CHINESE = CATALOGUES["en"], CATALOGUES["zh"]
 SOURCE = Path(truetune.__file__).parent
 PREFIXES = {key.partition(".")[0] for key in ENGLISH}
 KEY = re.compile(rf"({'|'.join(sorted(PREFIXES))})\.[a-z0-9_]+")
@@ -69,8 +68,8 @@ def keyword(call: ast.Call, name: str) -> ast.AST | None:
 def fault_keys() -> Iterator[tuple[str, ast.Call, list[str]]]:
     """Yield (place, call, its catalogue keys) of each fault whose key is written out."""
     for place, call, called in calls():
-        if called == "_refuse" and len(call.args) >= 3:
-            found = call.args[1], call.args[2]
+        if called == "refuse" and len(call.args) >= 2:
+            found = call.args[1], keyword(call, "fix")
         elif called in FAULTS or (called == "__init__" and place.startswith("errors.py")):
             found = (call.args[0] if call.args else None), keyword(call, "fix")
         else:

@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 
 # What changes the numbers shown.
 KEYS = (
-    *("model", "revision", "hub", "eval_data", "eval_split", "system", "input_join", "template"),
-    *("chat_template_kwargs", "train_on", "max_length", "invalid", "batch_size", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+    *(
+        "model",
+        "revision",
+        "hub",
+        "data_weights",
+        "encoding",
+        "eval_data",
+        "eval_split",
+        "system",
+        "input_join",
+        "template",
+    ),
+    *("chat_template_kwargs", "train_on", "max_length", "overlong", "invalid", "batch_size", "num_train_epochs"),
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
     # What changes time and memory.
     *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "dtype", "attention", "gradient_checkpointing"),
     *("max_tokens_per_forward", "eval_steps"),
@@ -39,6 +50,7 @@ def command(lang: str) -> click.Command:
         config_file: str | None,
         show: str | None,
         json_file: str | None,
+        html_file: str | None,
         measure: bool,
         **values: Any,
     ) -> int:
@@ -59,7 +71,11 @@ def command(lang: str) -> click.Command:
             require_usable(report, skip_invalid=settings.config.invalid == "skip")
             facts |= _measure(settings, flight, console)
         if json_file:
-            _write_json(Path(json_file), facts)
+            _write_json(_checked_path(json_file), facts)
+        if html_file:
+            from truetune.page import write_page
+
+            write_page(_checked_path(html_file), flight, config=settings.config, lang=lang)
         return 2 if report.rows_refused else 0
 
     return click.Command(
@@ -71,6 +87,7 @@ def command(lang: str) -> click.Command:
             click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
             click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
+            click.Option(["--html", "html_file"], metavar="FILE", help=text("help.html", lang)),
             *config_options(lang, KEYS),
         ],
     )
@@ -122,9 +139,18 @@ def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None
             console.pair_view(flight.renderer.tokenizer, pair)
 
 
+def _checked_path(name: str) -> Path:
+    """Return where to write a file.
+
+    Raises: UserError if its folder does not exist.
+    """
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
+    return path
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     from truetune.rundir import to_json, write_atomic
 
-    if not path.parent.is_dir():
-        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
     write_atomic(path, to_json(values, indent=2) + "\n")

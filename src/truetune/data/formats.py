@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn
+from functools import partial
+from typing import NamedTuple, NoReturn
 
-from truetune.data.sources import kind_of
-from truetune.errors import RowError
+from truetune.data.turns import (
+    check_calls,
+    check_order,
+    checked_text,
+    is_target,
+    read_tools,
+    read_turn,
+    read_turns,
+    refuse,
+)
 from truetune.records import Conversation, Message, RawRow
 
-ROLES = ("system", "user", "assistant")
-_MESSAGE_KEYS = {"role", "content", "reasoning_content", "train", "loss"}
+Turns = list[Message]
 
 
 class Format(NamedTuple):
-    """`needs`: keys that tell the format; `may`: keys that it reads besides; `convert`: row → messages."""
+    """`needs`: keys that tell the format; `may`: keys that it reads besides; `convert`: row → conversation."""
 
     needs: frozenset[str]
     may: frozenset[str]
-    convert: Callable[[RawRow, str], list[Message]]
+    convert: Callable[[RawRow, str], Conversation]
 
 
 def to_conversation(row: RawRow, *, input_join: str = "\n") -> Conversation:
@@ -27,10 +35,17 @@ def to_conversation(row: RawRow, *, input_join: str = "\n") -> Conversation:
 
     Raises: RowError with the row's "file:line" if the shape is unknown or a turn cannot be trained.
     """
-    name = recognise(row)
-    messages = FORMATS[name].convert(row, input_join)
-    _check_order(row.where, messages)
-    return Conversation(row.where, tuple(messages))
+    conversation = FORMATS[recognise(row)].convert(row, input_join)
+    if conversation.text is None:
+        check_order(row.where, conversation.messages)
+        if conversation.rejected:
+            check_order(row.where, conversation.rejected, name="rejected")
+            if not (is_target(conversation.messages[-1]) and is_target(conversation.rejected[-1])):
+                refuse(row.where, "row_nothing_learned", fix="row_nothing_learned")
+        check_calls(row.where, conversation.messages, tools=conversation.tools)
+        if not any(map(is_target, conversation.messages)):
+            refuse(row.where, "row_nothing_learned", fix="row_nothing_learned")
+    return conversation
 
 
 def recognise(row: RawRow) -> str:
@@ -38,9 +53,13 @@ def recognise(row: RawRow) -> str:
 
     Raises: RowError listing the keys found, and the nearest known key.
     """
-    keys = set(row.value)
-    found = next((name for name, known in FORMATS.items() if known.needs <= keys), None)
-    return found or _refuse_shape(row)
+    return format_of(row) or _refuse_shape(row)
+
+
+def format_of(row: RawRow) -> str | None:
+    """Return the name of the row's format, None if it has none."""
+    keys = row.value.keys()
+    return next((name for name, known in FORMATS.items() if known.needs <= keys), None)
 
 
 def _refuse_shape(row: RawRow) -> NoReturn:
@@ -48,16 +67,19 @@ def _refuse_shape(row: RawRow) -> NoReturn:
     needed = sorted({key for known in FORMATS.values() for key in known.needs})
     missing = _nearest_missing(keys)
     if missing:
-        _refuse(row.where, "row_missing_key", "row_missing_key", name=missing, found=_names(keys))
+        refuse(row.where, "row_missing_key", fix="row_missing_key", name=missing, found=_names(keys))
     near = [match for key in keys for match in get_close_matches(key, needed, n=1)]
+    nested = [key for key, item in row.value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    if nested and not get_close_matches(nested[0], needed, n=1):
+        refuse(row.where, "row_nested", fix="row_nested", name=nested[0], count=len(row.value[nested[0]]))
     fix = "row_did_you_mean" if near else "row_unknown_keys"
-    _refuse(row.where, "row_unknown_keys", fix, found=_names(keys), near=near[0] if near else "")
+    refuse(row.where, "row_unknown_keys", fix=fix, found=_names(keys), near=near[0] if near else "")
 
 
 def ignored_keys(row: RawRow) -> set[str]:
     """Return the keys of a recognised row that its format does not read (ids, labels); they are counted and shown."""
     known = FORMATS[recognise(row)]
-    return set(row.value) - known.needs - known.may
+    return row.value.keys() - known.needs - known.may
 
 
 def _nearest_missing(keys: set[str]) -> str | None:
@@ -73,104 +95,121 @@ def _names(keys: set[str]) -> str:
     return ", ".join(sorted(keys)) or "-"
 
 
-def _refuse(where: str, key: str, fix: str, **values: Any) -> NoReturn:
-    raise RowError(key, where=where, fix=fix, **values)
-
-
 def _text(row: RawRow, key: str, *, may_be_empty: bool = False) -> str:
     """Return a text field; anything else is refused with what it is."""
     value = row.value.get(key)
     if value is None and may_be_empty:
         return ""
-    if not isinstance(value, str):
-        _refuse(row.where, "row_not_text", "row_not_text", name=key, kind=kind_of(value))
-    return _checked(row.where, key, value, may_be_empty=may_be_empty)
+    return checked_text(row.where, value, name=key, may_be_empty=may_be_empty)
 
 
-def _checked(where: str, key: str, value: str, *, may_be_empty: bool = False) -> str:
-    if not may_be_empty and not value.strip():
-        _refuse(where, "row_empty_text", "row_empty_text", name=key)
-    if "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
-        _refuse(where, "row_bad_character", "row_bad_character", name=key)
-    return value
-
-
-def _from_alpaca(row: RawRow, input_join: str) -> list[Message]:
-    messages: list[Message] = []
+def _before(row: RawRow) -> Turns:
+    """Return the turns that `system` and `history` give."""
     system = _text(row, "system", may_be_empty=True)
-    if system:
-        messages.append({"role": "system", "content": system})
+    messages: Turns = [{"role": "system", "content": system}] if system else []
     history = row.value.get("history") or []
     if not isinstance(history, list):
-        _refuse(row.where, "row_history", "row_history", number=1)
+        refuse(row.where, "row_history", fix="row_history", number=1)
     for number, turn in enumerate(history, start=1):
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
-            _refuse(row.where, "row_history", "row_history", number=number)
-        question, answer = (_checked(row.where, f"history[{number}]", part) for part in turn)
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            refuse(row.where, "row_history", fix="row_history", number=number)
+        question, answer = (checked_text(row.where, part, name=f"history[{number}]") for part in turn)
+        messages += [_user(question), _assistant(answer)]
+    return messages
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _instruction(row: RawRow, input_join: str) -> Message:
     extra = _text(row, "input", may_be_empty=True)
     instruction = _text(row, "instruction", may_be_empty=bool(extra))
-    prompt = input_join.join(part for part in (instruction, extra) if part)
-    return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, "output")}]
+    return _user(input_join.join(part for part in (instruction, extra) if part))
 
 
-def _from_messages(row: RawRow, _input_join: str) -> list[Message]:
-    turns = row.value["messages"]
-    if not isinstance(turns, list) or not turns:
-        _refuse(row.where, "row_messages", "row_messages", kind=kind_of(turns))
-    return [_message(row.where, number, turn) for number, turn in enumerate(turns, start=1)]
+def _from_alpaca(row: RawRow, input_join: str) -> Conversation:
+    turns = [*_before(row), _instruction(row, input_join), _assistant(_text(row, "output"))]
+    return Conversation(row.where, tuple(turns))
 
 
-def _message(where: str, number: int, turn: Any) -> Message:
-    """Return one checked turn; `train` and `loss` flags become `is_target`."""
-    name = f"messages[{number}]"
-    if not isinstance(turn, dict):
-        _refuse(where, "row_turn_not_object", "row_messages", name=name, kind=kind_of(turn))
-    unknown = set(turn) - (_MESSAGE_KEYS if turn.get("role") == "assistant" else _MESSAGE_KEYS - {"reasoning_content"})
-    if unknown:
-        _refuse(where, "row_turn_keys", "row_turn_keys", name=name, found=_names(unknown))
-    role = turn.get("role")
-    if role not in ROLES:
-        _refuse(where, "row_role", "row_role", name=name, role=repr(role), roles=", ".join(ROLES))
-    message: Message = {"role": role}
-    for key in ("content", "reasoning_content"):
-        value = turn.get(key)
-        if key == "reasoning_content" and value in (None, ""):
-            continue
-        if not isinstance(value, str):
-            _refuse(where, "row_not_text", "row_not_text", name=f"{name}.{key}", kind=kind_of(value))
-        message[key] = _checked(where, f"{name}.{key}", value, may_be_empty=role == "system")
-    flags = [turn[key] for key in ("train", "loss") if turn.get(key) is not None]
-    if any(not isinstance(flag, bool) and flag not in (0, 1) for flag in flags):
-        _refuse(where, "row_flag", "row_flag", name=name)
-    if flags:
-        message["is_target"] = all(map(bool, flags))
-    return message
+def _from_texts(row: RawRow, _input_join: str, *, question: str, answer: str) -> Conversation:
+    """A question and its answer, each a text or a list of turns (TRL's conversational prompt and completion)."""
+    values = row.value[question], row.value[answer]
+    if all(isinstance(value, list) for value in values):
+        turns = [turn for name in (question, answer) for turn in read_turns(row.where, row.value[name], name=name)]
+        return _with_tools(row, turns)
+    return _with_tools(row, [_user(_text(row, question)), _assistant(_text(row, answer))])
 
 
-def _check_order(where: str, messages: list[Message]) -> None:
-    """A system message may come first; then user and assistant take turns; an assistant turn ends the row."""
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    offset = len(messages) - len(turns)
-    for number, message in enumerate(turns):
-        expected = "user" if number % 2 == 0 else "assistant"
-        if message["role"] != expected:
-            name = f"messages[{number + offset + 1}]"
-            _refuse(where, "row_order", "row_order", name=name, role=message["role"], expected=expected)
-    if not turns:
-        _refuse(where, "row_only_system", "row_open_turn")
-    if turns[-1]["role"] != "assistant":
-        _refuse(where, "row_open_turn", "row_open_turn", name=f"messages[{len(messages)}]")
-    if not any(is_target(message) for message in messages):
-        _refuse(where, "row_nothing_learned", "row_nothing_learned")
+def _from_turns(row: RawRow, _input_join: str, *, name: str) -> Conversation:
+    return _with_tools(row, read_turns(row.where, row.value[name], name=name))
 
 
-def is_target(message: Message) -> bool:
-    """True if the turn is learned: an assistant's, unless its flag says otherwise."""
-    return bool(message["role"] == "assistant" and message.get("is_target", True))
+def _with_tools(row: RawRow, turns: Turns) -> Conversation:
+    return Conversation(row.where, (*_before(row), *turns), tools=read_tools(row.where, row.value.get("tools")))
+
+
+def _from_preference(row: RawRow, input_join: str) -> Conversation:
+    """A prompt (a text, turns, an instruction, or the turns that both answers begin with) and two answers."""
+    chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
+    if "conversations" in row.value:
+        prompt = read_turns(row.where, row.value["conversations"], name="conversations")
+    elif "instruction" in row.value:
+        prompt = [_instruction(row, input_join)]
+    elif "prompt" not in row.value:
+        prompt = []
+    elif isinstance(row.value["prompt"], list):
+        prompt = read_turns(row.where, row.value["prompt"], name="prompt")
+    else:
+        prompt = [_user(_text(row, "prompt"))]
+    if chosen == rejected:
+        refuse(row.where, "row_same_answers", fix="row_same_answers")
+    tools = read_tools(row.where, row.value.get("tools"))
+    before = (*_before(row), *prompt)
+    return Conversation(row.where, (*before, *chosen), tools=tools, rejected=(*before, *rejected))
+
+
+def _answer(row: RawRow, name: str) -> Turns:
+    value = row.value[name]
+    if isinstance(value, list):
+        return read_turns(row.where, value, name=name)
+    return [read_turn(row.where, value, name=name) if isinstance(value, dict) else _assistant(_text(row, name))]
+
+
+def _from_text(row: RawRow, _input_join: str) -> Conversation:
+    return Conversation(row.where, (), text=_text(row, "text"))
+
+
+_BEFORE = frozenset({"system", "history"})
+_TURNS = _BEFORE | {"tools"}
+
+
+def _texts(question: str, answer: str) -> Format:
+    convert = partial(_from_texts, question=question, answer=answer)
+    return Format(frozenset({question, answer}), _TURNS, convert)
+
+
+def _preference(*prompt: str, may: frozenset[str] = _TURNS) -> Format:
+    return Format(frozenset({*prompt, "chosen", "rejected"}), may, _from_preference)
 
 
 FORMATS: dict[str, Format] = {
-    "alpaca": Format(frozenset({"instruction", "output"}), frozenset({"input", "system", "history"}), _from_alpaca),
-    "messages": Format(frozenset({"messages"}), frozenset(), _from_messages),
+    "preference (conversations)": _preference("conversations"),
+    "preference (instruction)": _preference("instruction", may=_TURNS | {"input"}),
+    "preference": _preference("prompt"),
+    "preference (two conversations)": _preference(),
+    "alpaca": Format(frozenset({"instruction", "output"}), _BEFORE | {"input"}, _from_alpaca),
+    "messages": Format(frozenset({"messages"}), _TURNS, partial(_from_turns, name="messages")),
+    "sharegpt": Format(frozenset({"conversations"}), _TURNS, partial(_from_turns, name="conversations")),
+    "prompt and completion": _texts("prompt", "completion"),
+    "prompt and response": _texts("prompt", "response"),
+    "query and response": _texts("query", "response"),
+    "question and answer": _texts("question", "answer"),
+    "text": Format(frozenset({"text"}), frozenset(), _from_text),
 }
+"""Tried in this order: the first whose keys are all there."""

@@ -1,11 +1,14 @@
-"""The length policy: the only place where a row may go for its length. An answer is never cut."""
+"""The length policy: the only place where a row or a token may go for its length. An answer is never cut."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from truetune.data.template import Renderer
+from truetune.data.turns import is_target
 from truetune.errors import RowError
-from truetune.records import Pair
+from truetune.records import Conversation, Message, Pair
 
 
 def check_lengths(where: str, pairs: Sequence[Pair], *, max_length: int) -> None:
@@ -15,12 +18,41 @@ def check_lengths(where: str, pairs: Sequence[Pair], *, max_length: int) -> None
     """
     longest = max(pairs, key=len)
     if len(longest) > max_length:
-        raise RowError(
-            "row_too_long",
-            where=where,
-            fix="row_too_long",
-            length=len(longest),
-            prompt=len(longest.prompt_ids),
-            answer=len(longest.answer_ids),
-            max_length=max_length,
-        )
+        prompt, answer = len(longest.prompt_ids), len(longest.answer_ids)
+        values = {"length": len(longest), "prompt": prompt, "answer": answer, "max_length": max_length}
+        raise RowError("row_too_long", where=where, fix="row_too_long", **values)
+
+
+def cut_prompts(
+    conversation: Conversation, pairs: Sequence[Pair], *, renderer: Renderer, max_length: int, last_turn_only: bool
+) -> list[Pair]:
+    """Return the pairs of a conversation, those longer than `max_length` with the oldest whole exchanges left out.
+
+        system  user assistant  user assistant  user | assistant        too long
+        system                  user assistant  user | assistant        rendered again: fits
+
+    The system message stays, and so does the last user turn.
+
+    Raises: RowError if what may not go is too long by itself.
+    """
+    targets = [number for number, message in enumerate(conversation.messages) if is_target(message)]
+    fitting: list[Pair] = []
+    for pair, turn in zip(pairs, targets[-1:] if last_turn_only else targets, strict=True):
+        shorter = pair
+        messages = list(conversation.messages[: turn + 1])
+        while len(shorter) > max_length:
+            messages = _without_oldest(messages)
+            if not messages:
+                break
+            part = replace(conversation, messages=tuple(messages), rejected=())
+            (shorter,) = renderer.pairs(part, last_turn_only=True)
+        fitting.append(shorter)
+    check_lengths(conversation.where, fitting, max_length=max_length)
+    return fitting
+
+
+def _without_oldest(messages: list[Message]) -> list[Message]:
+    """Return the messages without the first user turn and all up to the next one; [] if there is no next one."""
+    start = int(messages[0]["role"] == "system")
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    return [*messages[:start], *messages[users[1] :]] if len(users) > 1 else []

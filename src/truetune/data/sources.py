@@ -1,62 +1,127 @@
-"""Paths → raw rows with their origin "file:line", strictly: what is not JSON is refused where it stands."""
+"""Names → files → raw rows with their origin "file:line", strictly: what cannot be read is refused where it stands."""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import re
+import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any
 
+import pyarrow as pa
+
+from truetune.data.dataset_info import FILE_NAME, Names, read_info
+from truetune.data.json_rows import read_json
 from truetune.errors import RowError, UserError
+from truetune.hub import fetch
 from truetune.records import RawRow
 
-SUFFIXES = (".json", ".jsonl")
-BEHIND_ARRAY = "text behind the closing ]"
-_WHITESPACE = " \t\n\r"
-_CONSTANT = re.compile(r"[:\[,]\s*(NaN|-?Infinity)")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv", ".parquet")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+REFUSED_SUFFIXES = {
+    ".zip": "data_archive",
+    ".tar": "data_archive",
+    ".xlsx": "data_sheet",
+    ".xls": "data_sheet",
+    ".bz2": "data_archive",
+    ".xz": "data_archive",
+}
+MAX_EXPANSION, MIN_EXPANDED = 1000, 1 << 30
+"""A compressed file that grows beyond both is taken for a bomb."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "evaluation"}
+NO_ROWS = {FILE_NAME, "dataset_infos.json"}
+MAX_FIELD_CHARS = 100_000_000
 
 
-class _Duplicate(ValueError):
-    """A key stands twice in one object."""
+@dataclass(frozen=True)
+class Source:
+    """A file of rows. `entry`: the place, among the names given, of the one that means it.
+
+    `names`: how its rows' names become known ones, where a dataset_info.json says so.
+    """
+
+    path: Path
+    names: Names | None = None
+    entry: int = 0
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        raise _Duplicate(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return value
+def find_files(names: list[str], *, hub: str = "huggingface") -> list[Source]:
+    """Return the data files that `names` mean; a folder means the data files in it, sorted.
 
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def find_files(names: list[str]) -> list[Path]:
-    """Return the data files that `names` mean; a folder means the .json and .jsonl files in it, sorted.
+    `dataset_info.json` means the files that it describes, `dataset_info.json:NAME` one of them; `owner/name` the
+    training files of a data set on a hub, `owner/name:SPLIT` those with SPLIT in their names.
 
     Raises: UserError if a name does not exist, is no regular file, or a folder holds no data file.
     """
-    files: list[Path] = []
-    for name in names:
+    files: list[Source] = []
+    for entry, name in enumerate(names):
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        info, _, chosen = name.partition(f"{FILE_NAME}:")
+        if path.name == FILE_NAME or chosen:
+            described = Path(info).expanduser() / FILE_NAME if chosen else path
+            files += [Source(*found, entry) for found in read_info(described, chosen or None)]
+        elif path.is_dir():
+            known = (file for file in path.iterdir() if _kind(file) in SUFFIXES and file.name != FILE_NAME)
+            found = sorted(file for file in known if file.is_file())
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
-            files += found
+            files += [Source(file, entry=entry) for file in found]
+        elif not path.exists() and _is_hub_id(name):
+            files += [Source(file, entry=entry) for file in _hub_files(name, hub)]
         elif not path.exists():
             raise _missing(path)
         elif not path.is_file():
             raise UserError("data_not_file", where=name, fix="data_not_file")
         else:
-            files.append(path)
+            files.append(Source(path, entry=entry))
     return files
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a name looks like owner/name of a hub and like no path.
+
+    >>> [_is_hub_id(name) for name in ("tatsu-lab/alpaca", "a/b:test", "data/rows.json", "src/truetune")]
+    [True, True, False, False]
+    """
+    path = Path(name)
+    return bool(HUB_ID.fullmatch(name)) and _kind(path) not in SUFFIXES and not path.parent.is_dir()
+
+
+def _hub_files(name: str, hub: str) -> list[Path]:
+    """Download a data set and return the files of the split that is asked for, else its training files, else all.
+
+    Raises: UserError if there are none; a held-out split is never trained because there is no other.
+    """
+    owner, _, split = name.partition(":")
+    folder = fetch(owner, revision="main", hub=hub, kind="dataset")
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and _kind(file) in SUFFIXES)
+    names = {file: file.relative_to(folder).as_posix() for file in found if file.name not in NO_ROWS}
+    words = {file: set(re.split(r"[/._-]", name.lower())) for file, name in names.items()}
+    chosen = [file for file in names if (split or "train") in words[file]]
+    if not split and not chosen:
+        chosen = [file for file in names if not HELD_OUT & words[file]]
+    if not chosen:
+        raise UserError("data_hub_files", where=name, fix="data_hub_files", names=", ".join(names.values()) or "-")
+    return chosen
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that tells what is inside: of rows.csv.gz, ".csv".
+
+    >>> _kind(Path("rows.CSV.gz")), _kind(Path("rows.json"))
+    ('.csv', '.json')
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def _missing(path: Path) -> UserError:
@@ -67,143 +132,152 @@ def _missing(path: Path) -> UserError:
     return UserError("data_missing", where=str(path), fix="data_missing", folder=str(path.parent.resolve()))
 
 
-def read_rows(path: Path) -> Iterator[RawRow | RowError]:
-    """Yield each row of a JSON array or of JSON lines (which of them is seen from the content), or why it is refused.
+def read_rows(source: Source, *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
+    """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, Parquet; the first three compressed, too.
 
-    Raises: UserError if the file as a whole cannot be read: empty, not UTF-8, not JSON.
+    Raises: UserError if the file as a whole cannot be read, or changes while it is read.
     """
-    source = _decode(path)
-    start = _skip(source, 0)
-    if start == len(source):
-        raise UserError("data_empty", where=str(path), fix="data_empty")
-    if source[start] == "[":
-        yield from _read_array(path, source, start + 1)
-    else:
-        yield from _read_lines(path, source)
+    names = source.names
+    for row in _read_file(source.path, encoding):
+        yield row if names is None or isinstance(row, RowError) else RawRow(row.where, names.known(row.value))
 
 
-def _decode(path: Path) -> str:
-    content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError("data_utf16", where=str(path), fix="data_utf16", path=str(path))
+def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
+    before = state_of(path)
+    kind = _kind(path)
+    if kind in REFUSED_SUFFIXES:
+        raise UserError("data_kind", where=str(path), fix=REFUSED_SUFFIXES[kind], kind=kind, path=str(path))
     try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        where = f"{path}:{line}"
-        if error.reason == "unexpected end of data":
-            raise UserError("data_cut_in_character", where=where, fix="data_cut") from None
-        raise UserError("data_not_utf8", where=where, fix="data_not_utf8", byte=error.start, path=str(path)) from None
+        if kind == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            with _open(path) as stream:
+                if kind in (".csv", ".tsv"):
+                    yield from _read_csv(path, stream, encoding, delimiter="\t" if kind == ".tsv" else ",")
+                else:
+                    yield from read_json(str(path), stream, encoding=encoding)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise UserError("data_unreadable", where=str(path), fix="data_unreadable", problem=error) from None
+    if state_of(path) != before:
+        raise UserError("data_changed", where=str(path), fix="data_changed")
 
 
-def _skip(source: str, position: int) -> int:
-    while position < len(source) and source[position] in _WHITESPACE:
-        position += 1
-    return position
+def state_of(path: Path) -> tuple[int, int]:
+    """Return size and time of change; a file that is written while it is read shows it here.
+
+    Raises: UserError if it is no regular file, or cannot be opened.
+    """
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            path.open("rb").close()
+    except OSError as error:
+        raise UserError("data_unreadable", where=str(path), fix="data_unreadable", problem=error) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError("data_not_file", where=str(path), fix="data_not_file")
+    return found.st_size, found.st_mtime_ns
 
 
-def _read_array(path: Path, source: str, position: int) -> Iterator[RawRow | RowError]:
-    """Walk the elements of a top-level array, counting lines on the way."""
-    line, counted, number, where = 1, 0, 0, ""
-    position = _skip(source, position)
-    if source[position : position + 1] == "]":
-        raise UserError("data_empty", where=str(path), fix="data_empty")
-    while True:
-        line += source.count("\n", counted, position)
-        counted = position
-        number += 1
-        # Several rows on one line (json.dump writes all on the first): the number tells them apart.
-        is_same_line = where.partition("#")[0] == f"{path}:{line}"
-        where = f"{path}:{line}#{number}" if is_same_line else f"{path}:{line}"
+class _Guarded(io.RawIOBase):
+    """A decompressed stream that ends with an error where it grows beyond all measure."""
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self._path, self._stream, self._num_bytes = path, stream, 0
+        self._most = max(MIN_EXPANDED, MAX_EXPANSION * path.stat().st_size)
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, as many as were asked for unless the file ends."""
+        chunk: bytes = self._stream.read(size)
+        self._num_bytes += len(chunk)
+        if self._num_bytes > self._most:
+            raise UserError("data_bomb", where=str(self._path), fix="data_bomb", gigabytes=self._most / 2**30)
+        return chunk
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer (for text readers)."""
+        chunk = self.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def _open(path: Path) -> IO[bytes]:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    return _Guarded(path, pa.input_stream(str(path), compression=compression))  # type: ignore[return-value]
+
+
+def _read_csv(path: Path, stream: IO[bytes], encoding: str, *, delimiter: str) -> Iterator[RawRow | RowError]:
+    """Read RFC 4180: a header, quoted fields that may hold line breaks. All values stay text."""
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    with io.TextIOWrapper(_buffered(stream), encoding=codec, newline="") as text:
+        csv.field_size_limit(MAX_FIELD_CHARS)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         try:
-            value, end = _DECODER.raw_decode(source, position)
-            yield _as_row(where, value)
-        except _Duplicate as error:
-            yield RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
-            end = _end_of(path, source, position, number)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(path, source, error, position, number) from None
-        position = _skip(source, end)
-        if source[position : position + 1] == "]":
-            break
-        if source[position : position + 1] != ",":
-            raise _not_json(path, source, json.JSONDecodeError("expected , or ]", source, position), position, number)
-        position = _skip(source, position + 1)
-    rest = _skip(source, position + 1)
-    if rest < len(source):
-        raise _not_json(path, source, json.JSONDecodeError(BEHIND_ARRAY, source, rest), rest, number)
+            yield from _csv_rows(path, reader, delimiter)
+        except csv.Error as error:
+            raise UserError("data_csv", where=f"{path}:{reader.line_num}", fix="data_csv", problem=error) from None
+        except UnicodeError:
+            raise _bad_text(path, encoding) from None
 
 
-def _end_of(path: Path, source: str, position: int, number: int) -> int:
-    """Return where the value at `position` ends, whatever keys it gives twice."""
-    try:
-        return json.JSONDecoder().raw_decode(source, position)[1]
-    except (ValueError, RecursionError) as error:
-        raise _not_json(path, source, error, position, number) from None
+def _bad_text(path: Path, encoding: str) -> UserError:
+    """Return the error of the first line that is not in an encoding: a text reader decodes far ahead of it."""
+    number, offset = 0, 0
+    with _open(path) as stream:
+        for content in _buffered(stream):
+            number += 1
+            try:
+                content.decode(encoding)
+            except UnicodeError as error:
+                offset += getattr(error, "start", 0)
+                break
+            offset += len(content)
+    told = {"byte": offset, "encoding": encoding.upper(), "path": str(path)}
+    return UserError("data_not_utf8", where=f"{path}:{max(number, 1)}", fix="data_not_utf8", **told)
 
 
-def _read_lines(path: Path, source: str) -> Iterator[RawRow | RowError]:
-    """Read JSON lines; a single object over several lines is one row."""
-    offset = 0
-    for number, line in enumerate(source.split("\n"), start=1):
-        stripped = line.strip(_WHITESPACE)
-        if stripped:
-            is_whole = stripped in "{[" or not stripped.endswith("}")
-            start = offset + line.index(stripped)
-            if is_whole and source[:start].strip(_WHITESPACE) == "":
-                yield _decode_row(path, source, start, len(source), number)
-                return
-            yield _decode_row(path, source, start, start + len(stripped), number)
-        offset += len(line) + 1
+def _buffered(stream: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
 
 
-def _decode_row(path: Path, source: str, start: int, end: int, number: int) -> RawRow | RowError:
-    """Decode source[start:end], which stands in line `number`."""
-    where = f"{path}:{number}"
-    try:
-        return _as_row(where, _DECODER.decode(source[start:end]))
-    except _Duplicate as error:
-        _end_of(path, source, start, number)
-        return RowError("row_key_twice", where=where, fix="row_key_twice", name=str(error))
-    except (ValueError, RecursionError) as error:
-        raise _not_json(path, source, error, start, number, base=start) from None
+def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowError]:
+    header: list[str] = next(reader, [])
+    if not any(header):
+        raise UserError("data_empty", where=str(path), fix="data_empty")
+    is_divided_otherwise = len(header) == 1 and delimiter == "," and ";" in header[0]
+    if is_divided_otherwise or len(set(header)) < len(header):
+        fix = "data_csv_semicolon" if is_divided_otherwise else "data_csv_header"
+        raise UserError("data_csv_header", where=f"{path}:1", fix=fix, found=", ".join(header))
+    line = reader.line_num + 1
+    for values in reader:
+        where, line = f"{path}:{line}", reader.line_num + 1
+        if len(values) == len(header):
+            yield RawRow(where, dict(zip(header, values, strict=True)))
+        elif values:
+            counts = {"found": len(values), "expected": len(header)}
+            yield RowError("row_csv_fields", where=where, fix="row_csv_fields", **counts)
 
 
-def _as_row(where: str, value: Any) -> RawRow | RowError:
-    if not isinstance(value, dict):
-        return RowError("row_not_object", where=where, fix="row_not_object", kind=kind_of(value))
-    lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if len(value) <= 2 and lists and not {"messages", "conversations"} & set(value):
-        return RowError("row_nested", where=where, fix="row_nested", name=lists[0], count=len(value[lists[0]]))
-    return RawRow(where, value)
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    """Read the rows of a Parquet file; "file:number" of the row, since there are no lines."""
+    from pyarrow import parquet
+
+    number = 0
+    with parquet.ParquetFile(str(path)) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                # A column that a row does not fill is null: the same as if the row had no such key.
+                yield RawRow(f"{path}:{number}", _without_nulls(value))
 
 
-def _not_json(
-    path: Path, source: str, error: ValueError | RecursionError, position: int, record: int, *, base: int = 0
-) -> UserError:
-    """Return the error with line, column and the text there; `position`: where the record starts."""
-    at, problem = position, "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        at, problem = base + error.pos, error.msg
-    elif isinstance(error, ValueError):
-        constant = _CONSTANT.search(source, position)
-        at, problem = constant.start(1) if constant else position, str(error)
-    start = source.rfind("\n", 0, at) + 1
-    where = f"{path}:{source.count(chr(10), 0, at) + 1}:{at - start + 1}"
-    # The fault is at the end, or in a last line that nothing closes: the file was cut.
-    rest = source[at:].rstrip()
-    is_behind = isinstance(error, json.JSONDecodeError) and error.msg in ("Extra data", BEHIND_ARRAY)
-    if not is_behind and (not rest or ("\n" not in rest and not rest.endswith(("]", "}")))):
-        return UserError("data_cut", where=where, fix="data_cut", record=record)
-    context = (source[max(start, at - 30) : at + 30].splitlines() or [""])[0]
-    return UserError("data_not_json", where=where, fix="data_not_json", problem=problem, context=context)
-
-
-def kind_of(value: Any) -> str:
-    """Return the JSON name of a value's type.
-
-    >>> kind_of(3), kind_of(None), kind_of([])
-    ('number', 'null', 'list')
-    """
-    names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -7,48 +7,52 @@ One renderer gives the prompt that inference sends and the pairs that training l
     rest                                                             Hello<|im_end|>\\n    = full minus prompt
     answer                                                           Hello<|im_end|>      up to the first stop token
 
-Control tokens in the user's own text stay text: transformers marks them before rendering and encodes them apart
-(`mark_control_tokens`, `encode_marked_chat` in transformers 5.23, utils/chat_template_utils.py:477).
+Control tokens in the user's own text stay text: they are marked before rendering and encoded apart (encode.py). Rows
+are rendered and encoded many at a time: `render`, `encode`, `finish`.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import re
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from truetune.data.formats import is_target
+from truetune.data.encode import MARKERS, Encoded, Encoder
+from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, freeze_clock, limited
+from truetune.data.turns import is_target
 from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Message, Pair, first_difference
-
-TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-        " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "instruction-response": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + message['content'] + (eos_token or '') + '\n\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-}
-"""For tokenizers without a chat template of their own; written out with the adapter."""
 
 OPEN_THINKING, CLOSE_THINKING = "<think>", "\n</think>\n\n"
 TEMPLATE_FILE = "chat_template.jinja"
 CHATML_STOP = "<|im_end|>"
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# Characters that transformers' markers use; a row that holds them itself would lose them.
-_MARKERS = re.compile("[\U000f0000\U000f0001]")
+TIME_LIMIT_S = 20
+"""Of one call of a template; a template from a model folder may loop for ever."""
+
+Tools = Sequence[dict[str, Any]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The texts of one pair, before they are tokens. `given`: what of `rest` the row itself holds; None: plain text."""
+
+    prompt: str
+    rest: str
+    given: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One learned turn: the row's messages up to it, control tokens marked; the last one is the answer."""
+
+    where: str
+    messages: list[Message]
+    tools: Tools
 
 
 @dataclass(frozen=True)
@@ -72,38 +76,93 @@ class Renderer:
         return hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     @property
+    def tokenizer_hash(self) -> str:
+        """sha256 of the tokenizer: of its Rust part, or of its files where it has none."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        told = backend.to_str() if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
+        told += str(sorted(self.tokenizer.special_tokens_map.items()))
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    @property
     def appends_stop(self) -> bool:
         """True if the template ends an answer without a stop token (GLM-4's shape), so that one is appended."""
         turns = self._with_system([{"role": "user", "content": "."}, {"role": "assistant", "content": "."}])
         try:
-            full, prompt = self._render(turns, prompt=False), self._render(turns[:-1], prompt=True)
-        except _TEMPLATE_ERRORS:
+            prompt, full = self._render(turns[:-1], prompt=True), self._render(turns, prompt=False)
+        except TEMPLATE_ERRORS:
             return False
-        return not set(self.stop_ids) & set(self._encode(full[len(prompt) :]))
+        rest = full[len(prompt) :] if full.startswith(prompt) else self._behind_open_thinking(prompt, full, turns[-1])
+        return not set(self.stop_ids) & set(self._encoder.encode_marked(rest or full))
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def opens_thinking(self) -> bool:
+        """True if the prompt ends inside a thinking block (DeepSeek-R1's distills, QwQ)."""
+        try:
+            return self._render([{"role": "user", "content": "."}], prompt=True).rstrip().endswith(OPEN_THINKING)
+        except TEMPLATE_ERRORS:
+            return False
+
+    def prompt_ids(self, messages: Sequence[Message], *, tools: Tools = None) -> list[int]:
         """Return the ids that inference sends for `messages`, the generation prompt last.
 
         Raises: UserError if the template refuses the messages.
         """
+        marked = self._encoder.marked(_known(self._with_system(messages)))
         try:
-            return self._encode(self._render(self._with_system(messages), prompt=True))
-        except _TEMPLATE_ERRORS as error:
+            return self._encoder.encode_checked(self._render(marked, prompt=True, tools=tools))
+        except TEMPLATE_ERRORS as error:
             raise UserError("template_raised", where="chat template", fix="template_raised", problem=error) from None
 
     def pairs(self, conversation: Conversation, *, last_turn_only: bool = False) -> list[Pair]:
-        """Return one Pair for every learned turn of the conversation.
+        """Return one Pair for every learned turn of the conversation; of a preference pair, the rejected one last.
 
         Raises: RowError if the template cannot show a turn as prompt + answer + stop token, without loss.
         """
-        messages = self._with_system(conversation.messages)
-        turns = [number for number, message in enumerate(messages) if is_target(message)]
-        return [self._pair(conversation.where, messages, turn) for turn in turns[-1 if last_turn_only else 0 :]]
+        (drafts,) = self.render([conversation], last_turn_only=last_turn_only)
+        if isinstance(drafts, RowError):
+            raise drafts
+        return self.finish(drafts, self.encode(drafts), where=conversation.where)
+
+    def render(
+        self, conversations: Sequence[Conversation], *, last_turn_only: bool = False
+    ) -> list[list[Draft] | RowError]:
+        """Return the texts of each conversation's pairs, or why the template cannot show them."""
+        jobs = [self._turns(conversation, last_turn_only=last_turn_only) for conversation in conversations]
+        # One call of the template's library for all rows without tools: the call costs as much as several rows.
+        plain = [turn for job in jobs if not isinstance(job, RowError) for turn in job if turn.tools is None]
+        shown = dict(zip(map(id, plain), self._texts(plain), strict=True))
+        results: list[list[Draft] | RowError] = []
+        for conversation, job in zip(conversations, jobs, strict=True):
+            if isinstance(job, RowError):
+                results.append(job)
+                continue
+            try:
+                drafts = [self._draft(turn, shown.get(id(turn)) or self._texts([turn])[0]) for turn in job]
+                results.append(drafts if conversation.text is None else [self._whole(conversation.text)])
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def encode(self, drafts: Sequence[Draft]) -> list[tuple[Encoded, Encoded]]:
+        """Return the tokens of each draft's prompt and rest. Another thread may call it."""
+        found = self._encoder.encode([text for draft in drafts for text in (draft.prompt, draft.rest)])
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def finish(self, drafts: Sequence[Draft], encoded: Sequence[tuple[Encoded, Encoded]], *, where: str) -> list[Pair]:
+        """Return the pairs of one conversation.
+
+        Raises: RowError if text follows an answer's stop token.
+        """
+        return [self._pair(where, draft, *tokens) for draft, tokens in zip(drafts, encoded, strict=True)]
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer with this template, so that every tool renders what was trained."""
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(str(folder))
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.chat_template)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Put the run's system prompt before messages that have none."""
@@ -111,36 +170,67 @@ class Renderer:
             return list(messages)
         return [{"role": "system", "content": self.system}, *messages]
 
-    def _pair(self, where: str, messages: list[Message], turn: int) -> Pair:
-        """Return the pair of the assistant's message at index `turn`."""
-        texts = [str(value) for message in messages[: turn + 1] for value in message.values()]
-        if any(map(_MARKERS.search, texts)):
-            raise RowError("row_private_character", where=where, fix="row_bad_character")
+    def _turns(self, conversation: Conversation, *, last_turn_only: bool) -> list[_Turn] | RowError:
+        """Return the turns that are learned; behind them, of a preference pair, the rejected answer."""
+        said = (conversation.messages, conversation.rejected, conversation.tools, conversation.text)
+        if any(map(MARKERS.search, _texts_in(said))):
+            return RowError("row_private_character", where=conversation.where, fix="row_bad_character")
+        turns: list[_Turn] = []
+        for messages in filter(None, (conversation.messages, conversation.rejected)):
+            targets = [number for number, message in enumerate(messages) if is_target(message)]
+            added = len(self._with_system(messages)) - len(messages)
+            marked = self._encoder.marked(_known(self._with_system(messages)))
+            is_last_only = last_turn_only or messages is conversation.rejected
+            turns += [
+                _Turn(conversation.where, marked[: number + added + 1], conversation.tools)
+                for number in targets[-1 if is_last_only else 0 :]
+            ]
+        return turns
+
+    def _texts(self, turns: Sequence[_Turn]) -> list[tuple[str, str] | Exception]:
+        """Return (prompt, full text) of each turn, or what the template raised; turns have the same tools."""
+        if not turns:
+            return []
+        tools = turns[0].tools
         try:
-            prompt = self._render(messages[:turn], prompt=True)
-            full = self._render(messages[: turn + 1], prompt=False)
-        except _TEMPLATE_ERRORS as error:
-            raise RowError("template_raised", where=where, fix="template_raised", problem=error) from None
+            prompts = self._render_many([turn.messages[:-1] for turn in turns], prompt=True, tools=tools)
+            fulls = self._render_many([turn.messages for turn in turns], prompt=False, tools=tools)
+        except TEMPLATE_ERRORS as error:
+            return [error] if len(turns) == 1 else [text for turn in turns for text in self._texts([turn])]
+        return list(zip(prompts, fulls, strict=True))
+
+    def _draft(self, turn: _Turn, texts: tuple[str, str] | Exception) -> Draft:
+        """Return the texts of a turn, if the full text is its prompt and its answer, with nothing lost."""
+        if isinstance(texts, Exception):
+            raise RowError("template_raised", where=turn.where, fix="template_raised", problem=texts)
+        prompt, full = texts
+        answer = turn.messages[-1]
         rest: str | None = full[len(prompt) :]
         if not full.startswith(prompt):
-            rest = self._behind_open_thinking(prompt, full, messages[turn])
+            rest = self._behind_open_thinking(prompt, full, answer)
         if rest is None:
-            raise self._not_a_prefix(where, prompt, full, messages[turn])
-        given = [self._marked(str(messages[turn].get(key, ""))) for key in ("content", "reasoning_content")]
+            raise self._not_a_prefix(turn.where, prompt, full, answer)
+        calls = [call["function"]["name"] for call in answer.get("tool_calls", ())]
+        given = [str(answer.get("content", "")), str(answer.get("reasoning_content", "")), *calls]
         if any(text.strip() not in rest for text in given):
-            raise RowError("template_loses_text", where=where, fix="template_loses_text", rest=_shown(rest))
-        answer_ids = self._until_stop(where, self._encode(rest))
-        num_given_tokens = sum(len(self._encode(text if text in rest else text.strip())) for text in given)
-        num_template_tokens = max(len(answer_ids) - num_given_tokens, 1)
-        return Pair(tuple(self._encode(prompt)), tuple(answer_ids), num_template_tokens)
+            raise RowError("template_loses_text", where=turn.where, fix="template_loses_text", rest=_shown(rest))
+        return Draft(prompt, rest, tuple(given[:2]))
 
-    @property
-    def opens_thinking(self) -> bool:
-        """True if the prompt ends inside a thinking block (DeepSeek-R1's distills, QwQ)."""
-        try:
-            return self._render([{"role": "user", "content": "."}], prompt=True).rstrip().endswith(OPEN_THINKING)
-        except _TEMPLATE_ERRORS:
-            return False
+    def _whole(self, text: str) -> Draft:
+        """Return plain text as it is: without a template, control tokens marked."""
+        return Draft("", self._encoder.marked(text), None)
+
+    def _pair(self, where: str, draft: Draft, prompt: Encoded, rest: Encoded) -> Pair:
+        problem = prompt.problem or rest.problem
+        if problem:
+            raise RowError("template_raised", where=where, fix="template_raised", problem=problem)
+        if draft.given is None:
+            bos_id = self.tokenizer.bos_token_id
+            ids = [*([] if bos_id is None else [bos_id]), *rest.ids, self.stop_ids[0]]
+            return Pair((ids[0],), tuple(ids[1:]), 1)
+        answer_ids = self._until_stop(where, rest.ids)
+        num_given_tokens = sum(_num_given_tokens(self._encoder, draft, rest, text) for text in draft.given)
+        return Pair(tuple(prompt.ids), tuple(answer_ids), max(len(answer_ids) - num_given_tokens, 1))
 
     def _behind_open_thinking(self, prompt: str, full: str, message: Message) -> str | None:
         """Return what follows a prompt that opens a thinking block which the full text drops, else None.
@@ -150,23 +240,29 @@ class Renderer:
         rest     reasoning\\n</think>\\n\\nanswer<stop>      without reasoning the block is empty
         """
         before, thinking, behind = prompt.rpartition(OPEN_THINKING)
-        content = self._marked(str(message["content"])).strip()
-        shown = full[len(before) :]
+        content, shown = str(message["content"]), full[len(before) :]
+        if content not in shown:
+            content = content.strip()
         if not thinking or behind.strip() or not full.startswith(before) or content not in shown:
             return None
-        reasoning = self._marked(str(message.get("reasoning_content", "")))
+        reasoning = str(message.get("reasoning_content", ""))
         return f"{reasoning}{CLOSE_THINKING}{content}{shown[shown.index(content) + len(content) :]}"
 
     def _until_stop(self, where: str, rest_ids: list[int]) -> list[int]:
         """Cut behind the first stop id; where the template writes none (GLM-4's shape), append the first declared."""
-        end = next((number for number, token in enumerate(rest_ids) if token in self.stop_ids), None)
+        end = min((rest_ids.index(stop) for stop in self.stop_ids if stop in rest_ids), default=None)
         if end is None:
             return [*rest_ids, self.stop_ids[0]]
-        behind = [token for token in rest_ids[end + 1 :] if token not in self.stop_ids]
-        if self.tokenizer.decode(behind).strip():
+        behind = tuple(token for token in rest_ids[end + 1 :] if token not in self.stop_ids)
+        if not self._is_blank(behind):
             text = _shown(self.tokenizer.decode(rest_ids[end + 1 :]))
             raise RowError("template_text_behind_stop", where=where, fix="template_loses_text", rest=text)
         return rest_ids[: end + 1]
+
+    @cached_property
+    def _is_blank(self) -> Callable[[tuple[int, ...]], bool]:
+        """Whether ids show nothing but white space: nearly always the same few ids behind a stop token."""
+        return lru_cache(maxsize=256)(lambda ids: not self.tokenizer.decode(ids).strip())
 
     def _not_a_prefix(self, where: str, prompt: str, full: str, message: Message) -> RowError:
         start = max(first_difference(prompt, full) - 20, 0)
@@ -176,60 +272,67 @@ class Renderer:
             return RowError("template_not_prefix", where=where, fix="template_thinking_off", **shown)
         return RowError("template_not_prefix", where=where, fix="template_not_prefix", **shown)
 
-    def _marked(self, content: str) -> str:
-        """Return the text with its control tokens marked, as the renderer sees it."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
+    def _render(self, messages: list[Message], *, prompt: bool, tools: Tools = None) -> str:
+        return self._render_many([messages], prompt=prompt, tools=tools)[0]
 
-        marked: str = mark_control_tokens(content, self._control_tokens)
-        return marked
+    def _render_many(self, conversations: list[list[Message]], *, prompt: bool, tools: Tools = None) -> list[str]:
+        """Return the rendered texts of marked conversations."""
+        with limited(TIME_LIMIT_S):
+            texts: list[str] = self.tokenizer.apply_chat_template(
+                conversations,
+                tools=None if tools is None else self._encoder.marked(list(tools)),
+                tokenize=False,
+                add_generation_prompt=prompt,
+                chat_template=self.chat_template,
+                **self._encoder.marked(self.template_kwargs),
+            )
+        return texts
 
-    @cached_property
-    def _control_tokens(self) -> re.Pattern[str]:
-        """Matches each control token. Private names of transformers 5.23: a test compares with its public path."""
-        from transformers.utils.chat_template_utils import _get_control_token_patterns
 
-        tokens = self.tokenizer._get_control_tokens(self.chat_template)
-        pattern: re.Pattern[str] = _get_control_token_patterns(tokens)[0]
-        return pattern
+def _known(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as templates know them: without what is the program's own, arguments of calls as objects.
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """Return the rendered text, the user's control tokens marked."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
+    OpenAI's arguments are JSON text, which a template that writes JSON would write as text in quotes.
+    """
+    known = []
+    for message in messages:
+        if "is_target" in message:
+            message = {key: value for key, value in message.items() if key != "is_target"}
+        if message.get("tool_calls"):
+            message = message | {"tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+        known.append(message)
+    return known
 
-        pattern = self._control_tokens
-        known = [{key: value for key, value in message.items() if key != "is_target"} for message in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            mark_control_tokens(known, pattern),
-            tokenize=False,
-            add_generation_prompt=prompt,
-            chat_template=self.chat_template,
-            **mark_control_tokens(self.template_kwargs, pattern),
-        )
-        return text
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
-        return ids
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    return call | {"function": function | {"arguments": json.loads(arguments)}} if isinstance(arguments, str) else call
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield every text inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
+
+
+def _num_given_tokens(encoder: Encoder, draft: Draft, rest: Encoded, text: str) -> int:
+    """Return how many of an answer's tokens show a text that the row gave; white space at its ends may be gone."""
+    shown = text if text in draft.rest else text.strip()
+    if not shown:
+        return 0
+    start = draft.rest.rindex(shown)
+    num_tokens = rest.num_tokens(start, start + len(shown))
+    return len(encoder.encode_marked(shown)) if num_tokens is None else num_tokens
 
 
 def _shown(text: str, width: int = 60) -> str:
     """Return the start of a text for an error message, markers dropped."""
-    text = _MARKERS.sub("", text)
+    text = MARKERS.sub("", text)
     return repr(text if len(text) <= width else text[:width] + "…")
-
-
-def freeze_clock(chat_template: str, date: datetime.date) -> str:
-    """Return the template with every `strftime_now("...")` replaced by the date, so that all tools render it alike.
-
-    Raises: UserError if the template reads its clock in another way.
-
-    >>> freeze_clock("{{ strftime_now('%d %b %Y') }}", datetime.date(2024, 11, 25))
-    '{{ "25 Nov 2024" }}'
-    """
-    frozen = _CLOCK.sub(lambda match: f'"{date.strftime(match[2])}"', chat_template)
-    if "strftime_now(" in frozen:
-        raise UserError("template_clock", where="chat template", fix="template_clock")
-    return frozen
 
 
 def build_renderer(

@@ -1,13 +1,15 @@
-"""One catalogue of every text shown: `en.py` and `zh.py` hold the same keys (a test asserts it)."""
+"""One catalogue of every text shown: the files of both languages hold the same keys (a test asserts it)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from truetune.messages.en import TEXTS as ENGLISH
+from truetune.messages.en_faults import TEXTS as ENGLISH_FAULTS
 from truetune.messages.zh import TEXTS as CHINESE
+from truetune.messages.zh_faults import TEXTS as CHINESE_FAULTS
 
-CATALOGUES = {"en": ENGLISH, "zh": CHINESE}
+CATALOGUES = {"en": ENGLISH | ENGLISH_FAULTS, "zh": CHINESE | CHINESE_FAULTS}
 
 
 def text(key: str, lang: str = "en", **values: Any) -> str:

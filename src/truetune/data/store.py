@@ -1,0 +1,272 @@
+"""Prepared rows on disk: written in batches, read through a memory map, one row at a time.
+
+record   0      1      2      3      4              one for each pair
+row      0      1      1      1      2              row 1: two turns and a rejected answer
+starts   0      1                    4      5       records of row r: starts[r] to before starts[r + 1]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from truetune.records import Pair, Row
+
+BATCH_RECORDS = 8192
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("where", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("num_template_tokens", pa.int32()),
+        ("is_rejected", pa.bool_()),
+        # Of the row, only in its first record: 64 bits of its first prompt, of all its pairs and of its last answer;
+        # the number of its file; whether it brings a system message; JSON of the messages before its last learned
+        # turn, and that turn.
+        ("prompt_hash", pa.uint64()),
+        ("row_hash", pa.uint64()),
+        ("answer_hash", pa.uint64()),
+        ("source", pa.int32()),
+        ("has_system", pa.bool_()),
+        ("turns", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What is counted over all rows. `source`: number of the row's file; `has_system`: it brings a system message."""
+
+    source: int = 0
+    has_system: bool = False
+
+
+class RowWriter:
+    """Writes rows to an Arrow file; `with` closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        self._start()
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def add(self, row: Row, facts: RowFacts = RowFacts()) -> None:
+        """Append a row."""
+        row_hash = _hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids)))
+        once: dict[str, Any] = {
+            "where": row.where,
+            # Plain text has no prompt: what two texts begin with says nothing of them.
+            "prompt_hash": _hash_of(row.pairs[0].prompt_ids) if row.prompt else row_hash,
+            "row_hash": row_hash,
+            "answer_hash": _hash_of(row.pairs[-1].answer_ids),
+            "source": facts.source,
+            "has_system": facts.has_system,
+            "turns": json.dumps([*row.prompt, row.answer], ensure_ascii=False),
+        }
+        for pair, is_rejected in [*((pair, False) for pair in row.pairs), *((pair, True) for pair in row.rejected)]:
+            for ids, (values, ends) in zip((pair.prompt_ids, pair.answer_ids), self._lists, strict=True):
+                values.extend(ids)
+                ends.append(len(values))
+            record = {
+                "row": row.index,
+                "num_template_tokens": pair.num_template_tokens,
+                "is_rejected": is_rejected,
+                **once,
+            }
+            for name, column in self._columns.items():
+                column.append(record.get(name))
+            once = {}
+        if len(self._columns["row"]) >= BATCH_RECORDS:
+            self._flush()
+
+    def _start(self) -> None:
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if not name.endswith("_ids")}
+        self._lists = [(array("i"), array("i", [0])) for _ in range(2)]
+
+    def _flush(self) -> None:
+        if not self._columns["row"]:
+            return
+        lists = {
+            name: pa.ListArray.from_arrays(np.frombuffer(ends, np.int32), pa.array(np.frombuffer(values, np.int32)))
+            for name, (values, ends) in zip(("prompt_ids", "answer_ids"), self._lists, strict=True)
+        }
+        columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in self._columns.items()} | lists
+        self._writer.write_batch(pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA))
+        self._start()
+
+
+def _hash_of(*parts: tuple[int, ...]) -> int:
+    """Return 64 bits of a hash of ids: two of a million rows meet by chance once in 40 million data sets."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in parts:
+        digest.update(len(ids).to_bytes(4, "little"))
+        digest.update(array("i", ids))
+    return int.from_bytes(digest.digest(), "little")
+
+
+@dataclass(frozen=True)
+class _Records:
+    """One batch of the file as numpy sees it: no copy but of `where` and `turns`, which are read when asked for."""
+
+    batch: pa.RecordBatch
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        values: np.ndarray = self.batch["row"].to_numpy()
+        return values
+
+    @cached_property
+    def ids(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(offsets, values) of prompts, and of answers."""
+        columns = [self.batch[name] for name in ("prompt_ids", "answer_ids")]
+        return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+
+    def lengths(self, column: int) -> np.ndarray:
+        """Return the tokens of each record's prompt (0) or answer (1)."""
+        return np.diff(self.ids[column][0])
+
+    def tokens(self, column: int, record: int) -> tuple[int, ...]:
+        """Return the ids of one record."""
+        offsets, values = self.ids[column]
+        return tuple(values[offsets[record] : offsets[record + 1]].tolist())
+
+
+class _File:
+    """An Arrow file of rows, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            batches = [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+        self.batches = batches
+        self.batch_starts = np.cumsum([0, *(len(batch.rows) for batch in batches)])
+        rows = np.concatenate([batch.rows for batch in batches]) if batches else np.zeros(0, np.int64)
+        self.starts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
+
+    def lengths(self, *columns: int) -> np.ndarray:
+        """Return the tokens of each record: of its prompt (0), its answer (1), or both together."""
+        found = [sum(batch.lengths(column) for column in columns) for batch in self.batches]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of all records; what only a row's first record has is zero in the others."""
+        zero = False if pa.types.is_boolean(SCHEMA.field(name).type) else 0
+        found = [batch.batch[name].fill_null(zero).to_numpy(zero_copy_only=False) for batch in self.batches]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def row(self, number: int) -> Row:
+        """Return the row at a place of the file."""
+        pairs: list[Pair] = []
+        rejected: list[Pair] = []
+        for record in range(int(self.starts[number]), int(self.starts[number + 1])):
+            at = int(np.searchsorted(self.batch_starts, record, side="right")) - 1
+            batch, local = self.batches[at], record - int(self.batch_starts[at])
+            num_template_tokens = batch.batch["num_template_tokens"][local].as_py()
+            pair = Pair(batch.tokens(0, local), batch.tokens(1, local), num_template_tokens)
+            (rejected if batch.batch["is_rejected"][local].as_py() else pairs).append(pair)
+        at = int(np.searchsorted(self.batch_starts, self.starts[number], side="right")) - 1
+        batch, local = self.batches[at], int(self.starts[number] - self.batch_starts[at])
+        *prompt, answer = json.loads(batch.batch["turns"][local].as_py())
+        where = batch.batch["where"][local].as_py()
+        return Row(int(batch.rows[local]), where, tuple(pairs), tuple(prompt), answer, tuple(rejected))
+
+
+class StoredRows(Sequence[Row]):
+    """Rows of a file, in the order of `numbers`; each is read when it is asked for."""
+
+    def __init__(self, path: Path, numbers: np.ndarray | None = None, *, file: _File | None = None) -> None:
+        self.path = path
+        self._file = file or _File(path)
+        self.numbers = np.arange(len(self._file.starts) - 1) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StoredRows: ...
+
+    def __getitem__(self, index: int | slice) -> Row | StoredRows:
+        if isinstance(index, slice):
+            return self.chosen(self.numbers[index])
+        return self._file.row(int(self.numbers[index]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._file.row(int(number)) for number in self.numbers)
+
+    def chosen(self, numbers: np.ndarray) -> StoredRows:
+        """Return other rows of the same file."""
+        return StoredRows(self.path, numbers, file=self._file)
+
+    def lengths(self, *columns: int) -> np.ndarray:
+        """Return the tokens of each learned pair of these rows: of the prompt (0), the answer (1), or both together."""
+        found: np.ndarray = self._file.lengths(*columns)[self._learned_records()]
+        return found
+
+    def total(self, name: str) -> int:
+        """Return the sum of a column over all learned pairs of these rows."""
+        return int(self._file.column(name)[self._learned_records()].sum())
+
+    def _records(self) -> np.ndarray:
+        """Return the numbers of the records of these rows, in order."""
+        starts, stops = self._file.starts[self.numbers], self._file.starts[self.numbers + 1]
+        counts = stops - starts
+        return np.repeat(starts - np.append(0, counts.cumsum()[:-1]), counts) + np.arange(counts.sum())
+
+    def _learned_records(self) -> np.ndarray:
+        """Return those that are no rejected answers."""
+        records = self._records()
+        learned: np.ndarray = records[~self._file.column("is_rejected").astype(bool)[records]]
+        return learned
+
+    def of_rows(self, name: str) -> np.ndarray:
+        """Return a column that each row has once."""
+        found: np.ndarray = self._file.column(name)[self._file.starts[self.numbers]]
+        return found
+
+    def longest_pairs(self) -> np.ndarray:
+        """Return the tokens of each row's longest learned pair."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        lengths = np.where(self._file.column("is_rejected").astype(bool), 0, self._file.lengths(0, 1))
+        longest: np.ndarray = np.maximum.reduceat(lengths, self._file.starts[:-1])[self.numbers]
+        return longest
+
+    def update_hash(self, digest: hashlib._Hash) -> None:
+        """Feed the token ids of the file, and which rows these are, to a hash."""
+        for batch in self._file.batches:
+            for values in (batch.rows, *(part for column in batch.ids for part in column)):
+                digest.update(np.ascontiguousarray(values).data)
+        digest.update(f"{len(self)} rows;".encode())
+        digest.update(self.numbers.astype(np.int64).tobytes())
+
+    def write(self, path: Path) -> None:
+        """Write these rows as a file of their own."""
+        table = pa.Table.from_batches([batch.batch for batch in self._file.batches], schema=SCHEMA)
+        records = self._records()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for start in range(0, len(records), BATCH_RECORDS):
+                chosen = table.take(pa.array(records[start : start + BATCH_RECORDS]))
+                writer.write_table(chosen.combine_chunks())
