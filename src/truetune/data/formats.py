@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, NoReturn
 
 from truetune.data.turns import (
@@ -58,8 +58,13 @@ def recognise(row: RawRow) -> str:
 
 def format_of(row: RawRow) -> str | None:
     """Return the name of the row's format, None if it has none."""
-    keys = row.value.keys()
-    return next((name for name, known in FORMATS.items() if known.needs <= keys), None)
+    return _format_of_keys(tuple(row.value))
+
+
+@lru_cache(maxsize=256)
+def _format_of_keys(keys: tuple[str, ...]) -> str | None:
+    """The rows of a file have few different sets of keys."""
+    return next((name for name, known in FORMATS.items() if known.needs <= set(keys)), None)
 
 
 def _refuse_shape(row: RawRow) -> NoReturn:

@@ -15,10 +15,10 @@ from truetune.config import Config
 from truetune.data.store import StoredRows
 from truetune.data.template import Renderer
 from truetune.engine.order import Mix, epoch_batches
-from truetune.engine.trie import count_trie_tokens
+from truetune.engine.trie import count_prefixes
 from truetune.errors import RowError
 from truetune.messages import text
-from truetune.records import Refusal, Report, pairs_of
+from truetune.records import Refusal, Report
 
 Sides = tuple[StoredRows, StoredRows]
 """(rows to train on, rows held out)."""
@@ -116,7 +116,7 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     train, held_out = sides
     steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0, mix=mix)
     batches = [train.chosen(train.numbers[step]) for step in steps] + [held_out]
-    return sum(count_trie_tokens(pairs_of(batch)) for batch in batches)
+    return sum(count_prefixes(batch.sequences()) for batch in batches)
 
 
 def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,10 @@ SCHEMA = pa.schema(
         ("turns", pa.string()),
     ]
 )
+
+
+ONCE = ("where", "prompt_hash", "row_hash", "answer_hash", "source", "has_system", "turns")
+"""Columns that only a row's first record has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +92,11 @@ class RowWriter:
             for ids, (values, ends) in zip((pair.prompt_ids, pair.answer_ids), self._lists, strict=True):
                 values.extend(ids)
                 ends.append(len(values))
-            record = {
-                "row": row.index,
-                "num_template_tokens": pair.num_template_tokens,
-                "is_rejected": is_rejected,
-                **once,
-            }
-            for name, column in self._columns.items():
-                column.append(record.get(name))
+            self._columns["row"].append(row.index)
+            self._columns["num_template_tokens"].append(pair.num_template_tokens)
+            self._columns["is_rejected"].append(is_rejected)
+            for name in ONCE:
+                self._columns[name].append(once.get(name))
             once = {}
         if len(self._columns["row"]) >= BATCH_RECORDS:
             self._flush()
@@ -159,7 +161,8 @@ class _File:
             reader = pa.ipc.open_file(source)
             batches = [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
         self.batches = batches
-        self.batch_starts = np.cumsum([0, *(len(batch.rows) for batch in batches)])
+        self._columns: dict[str, np.ndarray] = {}
+        self.batch_starts = np.cumsum([0, *(len(batch.rows) for batch in batches)]).tolist()
         rows = np.concatenate([batch.rows for batch in batches]) if batches else np.zeros(0, np.int64)
         self.starts = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
 
@@ -170,21 +173,32 @@ class _File:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of all records; what only a row's first record has is zero in the others."""
+        if name not in self._columns:
+            self._columns[name] = self._read_column(name)
+        return self._columns[name]
+
+    def _read_column(self, name: str) -> np.ndarray:
         zero = False if pa.types.is_boolean(SCHEMA.field(name).type) else 0
         found = [batch.batch[name].fill_null(zero).to_numpy(zero_copy_only=False) for batch in self.batches]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def sequence(self, record: int) -> tuple[int, ...]:
+        """Return the ids of one record."""
+        at = bisect_right(self.batch_starts, record) - 1
+        batch, local = self.batches[at], record - self.batch_starts[at]
+        return batch.tokens(0, local) + batch.tokens(1, local)
 
     def row(self, number: int) -> Row:
         """Return the row at a place of the file."""
         pairs: list[Pair] = []
         rejected: list[Pair] = []
         for record in range(int(self.starts[number]), int(self.starts[number + 1])):
-            at = int(np.searchsorted(self.batch_starts, record, side="right")) - 1
-            batch, local = self.batches[at], record - int(self.batch_starts[at])
+            at = bisect_right(self.batch_starts, record) - 1
+            batch, local = self.batches[at], record - self.batch_starts[at]
             num_template_tokens = batch.batch["num_template_tokens"][local].as_py()
             pair = Pair(batch.tokens(0, local), batch.tokens(1, local), num_template_tokens)
             (rejected if batch.batch["is_rejected"][local].as_py() else pairs).append(pair)
-        at = int(np.searchsorted(self.batch_starts, self.starts[number], side="right")) - 1
+        at = bisect_right(self.batch_starts, self.starts[number]) - 1
         batch, local = self.batches[at], int(self.starts[number] - self.batch_starts[at])
         *prompt, answer = json.loads(batch.batch["turns"][local].as_py())
         where = batch.batch["where"][local].as_py()
@@ -238,13 +252,17 @@ class StoredRows(Sequence[Row]):
     def _learned_records(self) -> np.ndarray:
         """Return those that are no rejected answers."""
         records = self._records()
-        learned: np.ndarray = records[~self._file.column("is_rejected").astype(bool)[records]]
+        learned: np.ndarray = records[~self._file.column("is_rejected")[records].astype(bool)]
         return learned
 
     def of_rows(self, name: str) -> np.ndarray:
         """Return a column that each row has once."""
         found: np.ndarray = self._file.column(name)[self._file.starts[self.numbers]]
         return found
+
+    def sequences(self) -> Iterator[tuple[int, ...]]:
+        """Yield the ids of each learned pair, prompt and answer in one."""
+        return map(self._file.sequence, self._learned_records().tolist())
 
     def longest_pairs(self) -> np.ndarray:
         """Return the tokens of each row's longest learned pair."""

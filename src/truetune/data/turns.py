@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")  # NUL, and halves of surrogate pairs
 _KEYS = {
     "system": {"role", "content"},
     "user": {"role", "content", "name"},
@@ -49,7 +51,7 @@ def checked_text(where: str, value: Any, *, name: str, may_be_empty: bool = Fals
         refuse(where, "row_not_text", fix="row_not_text", name=name, kind=kind_of(value))
     if not may_be_empty and not value.strip():
         refuse(where, "row_empty_text", fix="row_empty_text", name=name)
-    if "\x00" in value or any("\ud800" <= char <= "\udfff" for char in value):
+    if _NO_TEXT.search(value):
         refuse(where, "row_bad_character", fix="row_bad_character", name=name)
     return value
 

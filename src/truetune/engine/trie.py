@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from truetune.records import Pair, Trie
+from truetune.records import Pair, Trie, first_difference
 
 
 def count_trie_tokens(pairs: Iterable[Pair]) -> int:
@@ -18,10 +18,15 @@ def count_trie_tokens(pairs: Iterable[Pair]) -> int:
         <sys> S A y      1 new    (3 shared)
         <sys> T          1 new    (1 shared)
     """
+    return count_prefixes(pair.prompt_ids + pair.answer_ids for pair in pairs)
+
+
+def count_prefixes(sequences: Iterable[tuple[int, ...]]) -> int:
+    """Return the same for sequences of ids: how many different prefixes they have."""
     previous: tuple[int, ...] = ()
     total = 0
-    for ids in sorted(pair.prompt_ids + pair.answer_ids for pair in pairs):
-        total += len(ids) - num_common(previous, ids)
+    for ids in sorted(sequences):
+        total += len(ids) - first_difference(previous, ids)
         previous = ids
     return total
 
