@@ -52,7 +52,10 @@ class Encoder:
         return [some or self._encode_one(text) for some, text in zip(found, texts, strict=True)]
 
     def encode_marked(self, text: str) -> list[int]:
-        """Return the ids of one text by transformers' own code."""
+        """Return the ids of one text by transformers' own code.
+
+        Raises: ValueError if the tokenizer makes a control token of what a user wrote.
+        """
         with self._lock:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
         return ids
@@ -62,16 +65,6 @@ class Encoder:
             return Encoded(self.encode_marked(text))
         except ValueError as error:  # a token that this tokenizer makes of plain text, too
             return Encoded([], problem=str(error))
-
-    def encode_checked(self, text: str) -> list[int]:
-        """Return the ids of one text.
-
-        Raises: ValueError if the tokenizer makes a control token of what a user wrote.
-        """
-        (found,) = self.encode([text])
-        if found.problem:
-            raise ValueError(found.problem)
-        return found.ids
 
     def marked(self, value: Any) -> Any:
         """Return a text, or the texts inside a value, with control tokens marked, as the template is to see them."""

@@ -21,8 +21,7 @@ from truetune.hub import fetch
 from truetune.records import RawRow
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-JSON_SUFFIXES, TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv", ".parquet")
-SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 REFUSED_SUFFIXES = {
     ".zip": "data_archive",
     ".tar": "data_archive",

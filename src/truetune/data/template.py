@@ -109,7 +109,7 @@ class Renderer:
         """
         marked = self._encoder.marked(_known(self._with_system(messages)))
         try:
-            return self._encoder.encode_checked(self._render(marked, prompt=True, tools=tools))
+            return self._encoder.encode_marked(self._render(marked, prompt=True, tools=tools))
         except TEMPLATE_ERRORS as error:
             raise UserError("template_raised", where="chat template", fix="template_raised", problem=error) from None
 
