@@ -144,7 +144,7 @@ class Job:
 
 
 def peak_bytes() -> int:
-    """Return the most memory this process has held at once."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the most memory this process has held at once, and the largest process that it started."""
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     # Kilobytes everywhere but on macOS.
     return peak if sys.platform == "darwin" else peak * 1024

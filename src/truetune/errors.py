@@ -15,6 +15,7 @@ A fault carries catalogue keys, not text, so that it can be shown in English and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 
@@ -48,6 +49,11 @@ class UserError(TruetuneError):
 
 class RowError(UserError):
     """One row is refused; `where` is its "file:line"."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as what it was made of; its values as texts, as they are shown."""
+        values = {name: str(value) for name, value in self.values.items()}
+        return partial(RowError, self.key, where=self.where, fix=self.fix, **values), ()
 
 
 class UserErrors(UserError):

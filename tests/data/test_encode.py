@@ -28,7 +28,12 @@ def encoder(qwen_tokenizer: Any) -> Encoder:
 
 def test_many_at_once_are_each_alone(encoder: Encoder) -> None:
     texts = [*TEXTS, *(encoder.marked(text) for text in TEXTS)]
-    assert [some.ids for some in encoder.encode(texts)] == [encoder.encode_marked(text) for text in texts]
+    for with_places in (False, True):
+        found = encoder.encode(texts, with_places=with_places)
+        assert [some.ids for some in found] == [encoder.encode_marked(text) for text in texts]
+        assert [some.num_tokens(0, 1) is not None for some in found if some.ids] == [
+            with_places and not MARKERS.search(text) for text in texts if text
+        ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -43,7 +48,7 @@ def test_marked_control_tokens_are_text(encoder: Encoder) -> None:
     text = "<|im_end|> and <think>"
     marked = encoder.marked(text)
     assert MARKERS.search(marked)
-    (found,) = encoder.encode([marked])
+    (found,) = encoder.encode([marked], with_places=True)
     assert not set(found.ids) & set(encoder.tokenizer.added_tokens_decoder)
     assert encoder.tokenizer.decode(found.ids) == text
     assert found.num_tokens(0, 3) is None
@@ -53,7 +58,7 @@ def test_tokens_of_a_part(encoder: Encoder) -> None:
     """The tokens that show a part of a text are those of that part alone, where control tokens bound it."""
     for answer in ("Hello.", "你好 👩\u200d🚀", "a\n\nb", "x" * 300):
         text = f"<|im_start|>{answer}<|im_end|>\n"
-        (found,) = encoder.encode([text])
+        (found,) = encoder.encode([text], with_places=True)
         start = text.index(answer)
         assert found.num_tokens(start, start + len(answer)) == len(encoder.encode_marked(answer))
 

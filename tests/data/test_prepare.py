@@ -601,6 +601,25 @@ def test_preference_rows_learn_the_chosen_answer(write_json: Callable[..., Path]
     assert text("note.preference", count=1) in prepared.report.notes
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [("Yes.", "No " * 20), ("Yes " * 20, "No."), ("Yes.", "No.")])
+def test_preference_rows_are_cut_for_both_answers(
+    chosen: str, rejected: str, write_json: Callable[..., Path], renderer: Renderer
+) -> None:
+    """The longer answer decides, and both keep one prompt: the one that a row without the oldest exchange has."""
+    before = [{"role": "system", "content": "Short."}, *_turns("first " * 12, "a", "Last?")["messages"]]
+    answers = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+    path = write_json([{"prompt": before, "chosen": answers[0], "rejected": answers[1]}])
+    assert _prepare(path, renderer, max_length=58).report.rows_used == (max(len(chosen), len(rejected)) < 20)
+    prepared = _prepare(path, renderer, max_length=58, overlong="cut_prompt")
+    (row,) = prepared.train
+    is_cut = max(len(chosen), len(rejected)) > 20
+    assert prepared.report.rows_cut == is_cut
+    left = [before[0], before[-1]] if is_cut else before
+    assert row.pairs[-1] == _pair_of(renderer, [*left, *answers[0]])
+    assert row.rejected == (_pair_of(renderer, [*left, *answers[1]]),)
+    assert row.pairs[-1].prompt_ids == row.rejected[0].prompt_ids
+
+
 def test_text_rows_learn_all_of_it(write_json: Callable[..., Path], renderer: Renderer) -> None:
     (row,) = _prepare(write_json([{"text": "Some <|im_end|> text."}]), renderer).train
     (pair,) = row.pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from truetune.data import store
-from truetune.data.store import SCHEMA, RowFacts, RowWriter, StoredRows
+from truetune.data.store import SCHEMA, RecordBuilder, RowFacts, RowWriter, StoredRows
 from truetune.records import Pair, Row
 
 DRAWS = np.random.default_rng(0)
@@ -32,13 +33,22 @@ def _row(number: int) -> Row:
 ROWS = [_row(number) for number in range(50)]
 
 
+def _write(path: Path, rows: Sequence[Row], facts: Sequence[RowFacts], *, batch_rows: int = 100) -> None:
+    with RowWriter(path) as writer:
+        for start in range(0, len(rows), batch_rows):
+            builder = RecordBuilder()
+            for row, some in list(zip(rows, facts, strict=True))[start : start + batch_rows]:
+                builder.add(row, some)
+            writer.write(builder.build())
+            writer.write(RecordBuilder().build())
+
+
 @pytest.fixture(params=[1, 7, 8192])
 def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StoredRows:
     """ROWS in a file, in batches of some size."""
     monkeypatch.setattr(store, "BATCH_RECORDS", request.param)
-    with RowWriter(tmp_path / "rows.arrow") as writer:
-        for number, row in enumerate(ROWS):
-            writer.add(row, RowFacts(source=number % 2, has_system=number % 5 == 0))
+    facts = [RowFacts(source=number % 2, has_system=number % 5 == 0) for number in range(len(ROWS))]
+    _write(tmp_path / "rows.arrow", ROWS, facts, batch_rows=request.param)
     return StoredRows(tmp_path / "rows.arrow")
 
 
@@ -67,9 +77,9 @@ def test_columns_say_what_the_rows_say(numbers: list[int], stored: StoredRows) -
 def test_hashes_tell_rows_apart(tmp_path: Path) -> None:
     """By their first prompt, by all of their tokens and by where prompt and answer meet, by their last answer."""
     pairs = [Pair((1, 2), (3,)), Pair((1, 2), (4,)), Pair((1,), (2, 3)), Pair((5, 2), (3,)), Pair((1, 2), (3,))]
-    with RowWriter(tmp_path / "rows.arrow") as writer:
-        for number, pair in enumerate(pairs):
-            writer.add(Row(number, "x:1", (pair,), ({"role": "user", "content": "q"},)))
+    prompt = ({"role": "user", "content": "q"},)
+    rows = [Row(number, "x:1", (pair,), prompt) for number, pair in enumerate(pairs)]
+    _write(tmp_path / "rows.arrow", rows, [RowFacts()] * len(rows))
     stored = StoredRows(tmp_path / "rows.arrow")
     kinds = {name: stored.of_rows(name).tolist() for name in ("prompt_hash", "row_hash", "answer_hash")}
     same = {name: [values.index(value) for value in values] for name, values in kinds.items()}

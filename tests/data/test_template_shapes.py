@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from truetune.data import template as template_module
+from truetune.data.jinja import render_simple
 from truetune.data.template import Renderer, build_renderer
 from truetune.errors import RowError
 from truetune.records import Conversation, Message
@@ -169,6 +170,18 @@ HARD = [
     "e\u0301 שלום\u202e",
     "\r\n\tx",
 ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_simple_is_as_transformers_renders(name: str, renderers: dict[str, Renderer]) -> None:
+    renderer = renderers[name]
+    for prompt, turns in ((True, TURNS[:1]), (True, TURNS[:3]), (False, TURNS[:2]), (False, TURNS)):
+        variables = {"add_generation_prompt": prompt, "enable_thinking": False}
+        given = renderer.tokenizer.special_tokens_map | variables
+        (ours,) = render_simple(renderer.chat_template, [list(turns)], given=given)
+        assert ours == renderer.tokenizer.apply_chat_template(
+            list(turns), tokenize=False, chat_template=renderer.chat_template, **variables
+        )
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -20,7 +20,7 @@ MARKERS = re.compile("[\U000f0000\U000f0001]")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Ids of one text. `encoding`: the Rust tokenizer's, None for a text with marks. `problem`: why there are none."""
+    """Ids of one text. `encoding`: the Rust tokenizer's, if it was asked for places. `problem`: why there are none."""
 
     ids: list[int]
     encoding: Any = None
@@ -43,12 +43,13 @@ class Encoder:
     # transformers switches the Rust tokenizer for marked texts: nobody else may encode meanwhile.
     _lock: Any = field(default_factory=RLock, repr=False, compare=False)
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Return the ids of each text. Any thread may call it."""
+    def encode(self, texts: Sequence[str], *, with_places: bool = False) -> list[Encoded]:
+        """Return the ids of each text; `with_places`: and which characters they show. Any thread may call it."""
         plain = [number for number, text in enumerate(texts) if not MARKERS.search(text)] if self._backend else []
         found: list[Encoded | None] = [None] * len(texts)
-        for number, encoding in zip(plain, self._encode_plain([texts[number] for number in plain]), strict=True):
-            found[number] = Encoded(encoding.ids, encoding)
+        encodings = self._encode_plain([texts[number] for number in plain], with_places=with_places)
+        for number, encoding in zip(plain, encodings, strict=True):
+            found[number] = Encoded(encoding.ids, encoding if with_places else None)
         return [some or self._encode_one(text) for some, text in zip(found, texts, strict=True)]
 
     def encode_marked(self, text: str) -> list[int]:
@@ -72,12 +73,17 @@ class Encoder:
 
         return mark_control_tokens(value, self._control_tokens)
 
-    def _encode_plain(self, texts: list[str]) -> Iterable[Any]:
+    def has_control_token(self, text: str) -> bool:
+        """Return whether something in a text would be marked."""
+        return bool(self._control_tokens.search(text))
+
+    def _encode_plain(self, texts: list[str], *, with_places: bool) -> Iterable[Any]:
         if not texts:
             return []
         with self._lock:
             self._backend.encode_special_tokens = False
-            encodings: Iterable[Any] = self._backend.encode_batch(texts, add_special_tokens=False)
+            encode = self._backend.encode_batch if with_places else self._backend.encode_batch_fast
+            encodings: Iterable[Any] = encode(texts, add_special_tokens=False)
         return encodings
 
     @cached_property

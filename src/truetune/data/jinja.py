@@ -6,17 +6,21 @@ import datetime
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from truetune.errors import UserError
+from truetune.records import Message
 
 TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
 )
+SIMPLE_KEYS = {"role", "content"}
+OF_EVERY_DICT = frozenset(dir(dict))
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TEMPLATES = {
@@ -65,3 +69,40 @@ def freeze_clock(chat_template: str, date: datetime.date) -> str:
     if "strftime_now(" in frozen:
         raise UserError("template_clock", where="chat template", fix="template_clock")
     return frozen
+
+
+def is_simple(messages: Sequence[Message]) -> bool:
+    """Return whether all messages are a role and a text and nothing else, so that `render_simple` may render them."""
+    return all(
+        message.keys() == SIMPLE_KEYS and type(message["role"]) is str and type(message["content"]) is str
+        for message in messages
+    )
+
+
+def render_simple(chat_template: str, chats: Sequence[list[Message]], *, given: dict[str, Any]) -> list[str]:
+    """Return what `apply_chat_template` returns for simple conversations, without copying every value three times.
+
+    `given` is all else that the template sees.
+    """
+    template = _compiled(chat_template)
+    return [template.render(messages=chat, tools=None, documents=None, **given) for chat in chats]
+
+
+@lru_cache(maxsize=8)
+def _compiled(chat_template: str) -> Any:
+    """Return the template in transformers' own sandbox, where a key of a message is found faster.
+
+    For `message.role` Jinja asks the dict for an attribute first, and the fault this raises costs more than the rest.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment = _compile_jinja_template(chat_template).environment.overlay()
+    careful = environment.getattr
+
+    def get(value: Any, name: str) -> Any:
+        return (
+            value[name] if type(value) is dict and name not in OF_EVERY_DICT and name in value else careful(value, name)
+        )
+
+    environment.getattr = get
+    return environment.from_string(chat_template)

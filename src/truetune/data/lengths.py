@@ -31,28 +31,35 @@ def cut_prompts(
         system  user assistant  user assistant  user | assistant        too long
         system                  user assistant  user | assistant        rendered again: fits
 
-    The system message stays, and so does the last user turn.
+    The system message stays, and so does the last user turn. Of a preference pair, both answers keep one prompt.
 
     Raises: RowError if what may not go is too long by itself.
     """
     targets = [number for number, message in enumerate(conversation.messages) if is_target(message)]
+    if last_turn_only:
+        targets = targets[-1:]
     fitting: list[Pair] = []
-    for pair, turn in zip(pairs, targets[-1:] if last_turn_only else targets, strict=True):
-        shorter = pair
-        messages = list(conversation.messages[: turn + 1])
-        while len(shorter) > max_length:
-            messages = _without_oldest(messages)
-            if not messages:
+    for number, turn in enumerate(targets):
+        is_last = number == len(targets) - 1
+        part = replace(
+            conversation,
+            messages=conversation.messages[: turn + 1],
+            rejected=conversation.rejected if is_last else (),
+        )
+        shorter = list(pairs[number:] if is_last else pairs[number : number + 1])
+        while max(map(len, shorter)) > max_length:
+            part = replace(part, messages=_without_oldest(part.messages), rejected=_without_oldest(part.rejected))
+            if not part.messages:
                 break
-            part = replace(conversation, messages=tuple(messages), rejected=())
-            (shorter,) = renderer.pairs(part, last_turn_only=True)
-        fitting.append(shorter)
+            shorter = renderer.pairs(part, last_turn_only=True)
+        fitting += shorter
     check_lengths(conversation.where, fitting, max_length=max_length)
     return fitting
 
 
-def _without_oldest(messages: list[Message]) -> list[Message]:
-    """Return the messages without the first user turn and all up to the next one; [] if there is no next one."""
-    start = int(messages[0]["role"] == "system")
+def _without_oldest(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages without the first user turn and all up to the next one; () if there is no next one."""
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    return [*messages[:start], *messages[users[1] :]] if len(users) > 1 else []
+    if len(users) < 2:
+        return ()
+    return (*messages[: int(messages[0]["role"] == "system")], *messages[users[1] :])

@@ -1,7 +1,4 @@
-"""Composes the stages of the data: files → rows → conversations → pairs → a file of prepared rows, and its two sides.
-
-While rows are rendered in Python, another thread has the rows before them turned into tokens (in Rust, on every core).
-"""
+"""Composes the stages of the data: files → rows → batches of them → a file of prepared rows, and its two sides."""
 
 from __future__ import annotations
 
@@ -9,28 +6,25 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from truetune.config import Config, cache_dir
-from truetune.data.encode import Encoded
-from truetune.data.formats import format_of, ignored_keys, to_conversation
-from truetune.data.lengths import check_lengths, cut_prompts
-from truetune.data.report import Tally, make_report
+from truetune.data.batches import Job, Preparer
+from truetune.data.crew import Crew
+from truetune.data.formats import format_of
+from truetune.data.report import make_report
 from truetune.data.sources import Source, find_files, read_rows, state_of
-from truetune.data.store import RowFacts, RowWriter, StoredRows
-from truetune.data.template import CLOSE_THINKING, Draft, Renderer
-from truetune.data.turns import is_target
+from truetune.data.store import RowWriter, StoredRows
+from truetune.data.tally import Tally
+from truetune.data.template import Renderer
 from truetune.engine.order import Mix
 from truetune.errors import RowError, UserError
-from truetune.records import Conversation, Pair, RawRow, Report, Row
+from truetune.records import RawRow, Report
 
 MIN_HELD_OUT, MAX_HELD_OUT = 8, 500
 # Fewer rows than this and a held-out part would cost more than it tells.
@@ -155,32 +149,26 @@ def _cache_key(files: Sequence[Source], config: Config, renderer: Renderer) -> s
     return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows on their way: read and rendered, and soon encoded."""
-
-    raws: list[tuple[int, RawRow | RowError]]
-    conversations: list[Conversation | RowError]
-    drafts: list[list[Draft] | RowError]
-    encoded: Future[list[tuple[Encoded, Encoded]]]
-
-
 def _prepare_rows(
     files: Sequence[Source], config: Config, renderer: Renderer, *, writer: RowWriter, on_progress: Progress
 ) -> Tally:
     tally = Tally()
-    raws = ((file.entry, raw) for file in files for raw in _one_shape(file, config.encoding))
-    with ThreadPoolExecutor(max_workers=1) as encoder:
-        underway: deque[_Batch] = deque()
-        while some := list(islice(raws, BATCH_ROWS)):
-            underway.append(_rendered(some, config, renderer, encoder))
-            if len(underway) > 2:
-                _finish(underway.popleft(), config, renderer, writer=writer, tally=tally)
-                on_progress(tally.num_read)
-        while underway:
-            _finish(underway.popleft(), config, renderer, writer=writer, tally=tally)
-    on_progress(tally.num_read)
+
+    with Crew(Preparer(config, renderer), num_bytes=sum(file.path.stat().st_size for file in files)) as crew:
+        for done in crew.prepare(_jobs(files, config.encoding)):
+            writer.write(done.records)
+            tally += done.tally
+            on_progress(tally.num_read)
     return tally
+
+
+def _jobs(files: Sequence[Source], encoding: str) -> Iterator[Job]:
+    """Yield the rows of the files in batches."""
+    raws = ((file.entry, raw) for file in files for raw in _one_shape(file, encoding))
+    index = 0
+    while some := list(islice(raws, BATCH_ROWS)):
+        yield Job(index, some)
+        index += len(some)
 
 
 def _one_shape(file: Source, encoding: str) -> Iterator[RawRow | RowError]:
@@ -193,72 +181,6 @@ def _one_shape(file: Source, encoding: str) -> Iterator[RawRow | RowError]:
             yield RowError("row_other_shape", where=raw.where, fix="row_other_shape", found=name, first=first)
         else:
             yield raw
-
-
-def _rendered(
-    raws: list[tuple[int, RawRow | RowError]], config: Config, renderer: Renderer, encoder: ThreadPoolExecutor
-) -> _Batch:
-    conversations = [_converted(raw, config.input_join) for _, raw in raws]
-    good = [some for some in conversations if isinstance(some, Conversation)]
-    found = iter(renderer.render(good, last_turn_only=config.train_on == "last_turn"))
-    drafts = [next(found) if isinstance(some, Conversation) else some for some in conversations]
-    texts = [draft for some in drafts if isinstance(some, list) for draft in some]
-    return _Batch(raws, conversations, drafts, encoder.submit(renderer.encode, texts))
-
-
-def _converted(raw: RawRow | RowError, input_join: str) -> Conversation | RowError:
-    if isinstance(raw, RowError):
-        return raw
-    try:
-        return to_conversation(raw, input_join=input_join)
-    except RowError as error:
-        return error
-
-
-def _finish(batch: _Batch, config: Config, renderer: Renderer, *, writer: RowWriter, tally: Tally) -> None:
-    """Make the pairs of a batch, write its good rows and count all."""
-    encoded = iter(batch.encoded.result())
-    for (source, raw), conversation, drafts in zip(batch.raws, batch.conversations, batch.drafts, strict=True):
-        index = tally.num_read
-        tally.num_read += 1
-        if isinstance(drafts, RowError) or isinstance(conversation, RowError) or isinstance(raw, RowError):
-            tally.refused.append(next(some for some in (raw, conversation, drafts) if isinstance(some, RowError)))
-            continue
-        tokens = list(islice(encoded, len(drafts)))
-        try:
-            pairs = renderer.finish(drafts, tokens, where=raw.where)
-            chosen, rejected = (pairs[:-1], pairs[-1:]) if conversation.rejected else (pairs, [])
-            fitting = _fitting(conversation, chosen, config, renderer)
-            check_lengths(raw.where, [*fitting, *rejected], max_length=config.max_length)
-        except RowError as error:
-            tally.refused.append(error)
-            continue
-        tally.formats[str(format_of(raw))] += 1
-        tally.ignored.update(ignored_keys(raw))
-        tally.num_cut += fitting != chosen
-        tally.num_empty_thinking += sum(draft.rest.startswith(CLOSE_THINKING) for draft in drafts)
-        has_system = bool(conversation.messages) and conversation.messages[0]["role"] == "system"
-        prompt, answer = _last_turn(conversation)
-        row = Row(index, raw.where, tuple(fitting), prompt, answer, tuple(rejected))
-        writer.add(row, RowFacts(source, has_system))
-
-
-def _fitting(conversation: Conversation, pairs: list[Pair], config: Config, renderer: Renderer) -> list[Pair]:
-    is_text = conversation.text is not None
-    if is_text or config.overlong == "refuse" or max(map(len, pairs)) <= config.max_length:
-        return pairs
-    is_last_only = config.train_on == "last_turn"
-    return cut_prompts(
-        conversation, pairs, renderer=renderer, max_length=config.max_length, last_turn_only=is_last_only
-    )
-
-
-def _last_turn(conversation: Conversation) -> tuple[tuple[dict[str, Any], ...], str]:
-    """Return the messages before the last learned turn, and that turn's text, to show and to ask again."""
-    if conversation.text is not None:
-        return (), conversation.text
-    last = max(number for number, message in enumerate(conversation.messages) if is_target(message))
-    return conversation.messages[:last], str(conversation.messages[last]["content"])
 
 
 def hash_files(files: Iterable[Path]) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from truetune.config import Config
 from truetune.data.store import StoredRows
+from truetune.data.tally import Tally
 from truetune.data.template import Renderer
 from truetune.engine.order import Mix, epoch_batches
 from truetune.engine.trie import count_prefixes
@@ -28,30 +26,6 @@ USUAL_LEARNING_RATES = (2e-5, 5e-3)
 ALIKE_SHARE = 0.5
 SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
-
-
-@dataclass
-class Tally:
-    """What was counted on the way from files to rows, apart from what the rows themselves say."""
-
-    num_read: int = 0
-    refused: list[RowError] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
-    num_cut: int = 0
-    num_empty_thinking: int = 0
-
-    def to_json(self) -> str:
-        """Return the tally as text."""
-        refused = [(row.key, row.where, row.fix, {k: str(v) for k, v in row.values.items()}) for row in self.refused]
-        return json.dumps(vars(self) | {"refused": refused})
-
-    @classmethod
-    def from_json(cls, text: str) -> Tally:
-        """Return the tally that `to_json` wrote."""
-        values = json.loads(text)
-        values["refused"] = [RowError(key, where=where, fix=fix, **rest) for key, where, fix, rest in values["refused"]]
-        return cls(**values | {name: Counter(values[name]) for name in ("formats", "ignored")})
 
 
 def make_report(

@@ -58,22 +58,12 @@ class RowFacts:
     has_system: bool = False
 
 
-class RowWriter:
-    """Writes rows to an Arrow file; `with` closes it."""
+class RecordBuilder:
+    """Gathers rows; `build` makes records of them."""
 
-    def __init__(self, path: Path) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
-        self._start()
-
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
-        self._sink.close()
+    def __init__(self) -> None:
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if not name.endswith("_ids")}
+        self._lists = [(array("i"), array("i", [0])) for _ in range(2)]
 
     def add(self, row: Row, facts: RowFacts = RowFacts()) -> None:
         """Append a row."""
@@ -98,23 +88,35 @@ class RowWriter:
             for name in ONCE:
                 self._columns[name].append(once.get(name))
             once = {}
-        if len(self._columns["row"]) >= BATCH_RECORDS:
-            self._flush()
 
-    def _start(self) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names if not name.endswith("_ids")}
-        self._lists = [(array("i"), array("i", [0])) for _ in range(2)]
-
-    def _flush(self) -> None:
-        if not self._columns["row"]:
-            return
+    def build(self) -> pa.RecordBatch:
+        """Return the records of the rows gathered so far."""
         lists = {
             name: pa.ListArray.from_arrays(np.frombuffer(ends, np.int32), pa.array(np.frombuffer(values, np.int32)))
             for name, (values, ends) in zip(("prompt_ids", "answer_ids"), self._lists, strict=True)
         }
         columns = {name: pa.array(values, SCHEMA.field(name).type) for name, values in self._columns.items()} | lists
-        self._writer.write_batch(pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA))
-        self._start()
+        return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+class RowWriter:
+    """Writes records to an Arrow file; `with` closes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, records: pa.RecordBatch) -> None:
+        """Append the records of whole rows."""
+        if len(records):
+            self._writer.write_batch(records)
 
 
 def _hash_of(*parts: tuple[int, ...]) -> int:
@@ -187,6 +189,16 @@ class _File:
         at = bisect_right(self.batch_starts, record) - 1
         batch, local = self.batches[at], record - self.batch_starts[at]
         return batch.tokens(0, local) + batch.tokens(1, local)
+
+    def taken(self, records: np.ndarray) -> pa.RecordBatch:
+        """Return some records. Batch by batch: all of a large file's text is too much for one Arrow array (2 GB)."""
+        places = np.searchsorted(self.batch_starts, records, side="right") - 1
+        parts = np.split(np.arange(len(records)), np.flatnonzero(np.diff(places)) + 1)
+        found = []
+        for part in parts:
+            at = int(places[part[0]])
+            found.append(self.batches[at].batch.take(pa.array(records[part] - self.batch_starts[at])))
+        return pa.concat_batches(found)
 
     def row(self, number: int) -> Row:
         """Return the row at a place of the file."""
@@ -282,9 +294,7 @@ class StoredRows(Sequence[Row]):
 
     def write(self, path: Path) -> None:
         """Write these rows as a file of their own."""
-        table = pa.Table.from_batches([batch.batch for batch in self._file.batches], schema=SCHEMA)
         records = self._records()
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with RowWriter(path) as writer:
             for start in range(0, len(records), BATCH_RECORDS):
-                chosen = table.take(pa.array(records[start : start + BATCH_RECORDS]))
-                writer.write_table(chosen.combine_chunks())
+                writer.write(self._file.taken(records[start : start + BATCH_RECORDS]))

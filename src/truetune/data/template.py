@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.data.encode import MARKERS, Encoded, Encoder
-from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, freeze_clock, limited
+from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, freeze_clock, is_simple, limited, render_simple
 from truetune.data.turns import is_target
 from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Message, Pair, first_difference
@@ -145,8 +145,9 @@ class Renderer:
 
     def encode(self, drafts: Sequence[Draft]) -> list[tuple[Encoded, Encoded]]:
         """Return the tokens of each draft's prompt and rest. Another thread may call it."""
-        found = self._encoder.encode([text for draft in drafts for text in (draft.prompt, draft.rest)])
-        return list(zip(found[::2], found[1::2], strict=True))
+        prompts = self._encoder.encode([draft.prompt for draft in drafts])
+        rests = self._encoder.encode([draft.rest for draft in drafts], with_places=True)
+        return list(zip(prompts, rests, strict=True))
 
     def finish(self, drafts: Sequence[Draft], encoded: Sequence[tuple[Encoded, Encoded]], *, where: str) -> list[Pair]:
         """Return the pairs of one conversation.
@@ -164,25 +165,31 @@ class Renderer:
     def _encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.chat_template)
 
+    @cached_property
+    def _system_message(self) -> list[Message]:
+        """The run's system prompt as a message, marked (to mark it twice changes nothing); [] if there is none."""
+        return [] if self.system is None else [{"role": "system", "content": self._encoder.marked(self.system)}]
+
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Put the run's system prompt before messages that have none."""
-        if self.system is None or (messages and messages[0]["role"] == "system"):
-            return list(messages)
-        return [{"role": "system", "content": self.system}, *messages]
+        has_system = bool(messages) and messages[0]["role"] == "system"
+        return list(messages) if has_system else [*self._system_message, *messages]
 
     def _turns(self, conversation: Conversation, *, last_turn_only: bool) -> list[_Turn] | RowError:
         """Return the turns that are learned; behind them, of a preference pair, the rejected answer."""
-        said = (conversation.messages, conversation.rejected, conversation.tools, conversation.text)
-        if any(map(MARKERS.search, _texts_in(said))):
+        said = "\n".join(_texts_in((conversation.messages, conversation.rejected, conversation.tools)))
+        if MARKERS.search(said) or (conversation.text is not None and MARKERS.search(conversation.text)):
             return RowError("row_private_character", where=conversation.where, fix="row_bad_character")
+        has_control_token = self._encoder.has_control_token(said)
         turns: list[_Turn] = []
         for messages in filter(None, (conversation.messages, conversation.rejected)):
             targets = [number for number, message in enumerate(messages) if is_target(message)]
-            added = len(self._with_system(messages)) - len(messages)
-            marked = self._encoder.marked(_known(self._with_system(messages)))
+            known = _known(messages)
+            shown = self._with_system(self._encoder.marked(known) if has_control_token else known)
+            added = len(shown) - len(messages)
             is_last_only = last_turn_only or messages is conversation.rejected
             turns += [
-                _Turn(conversation.where, marked[: number + added + 1], conversation.tools)
+                _Turn(conversation.where, shown[: number + added + 1], conversation.tools)
                 for number in targets[-1 if is_last_only else 0 :]
             ]
         return turns
@@ -277,14 +284,17 @@ class Renderer:
 
     def _render_many(self, conversations: list[list[Message]], *, prompt: bool, tools: Tools = None) -> list[str]:
         """Return the rendered texts of marked conversations."""
+        given: dict[str, Any] = {"add_generation_prompt": prompt, **self._encoder.marked(self.template_kwargs)}
         with limited(TIME_LIMIT_S):
+            if tools is None and all(map(is_simple, conversations)):
+                variables = self.tokenizer.special_tokens_map | given
+                return render_simple(self.chat_template, conversations, given=variables)
             texts: list[str] = self.tokenizer.apply_chat_template(
                 conversations,
                 tools=None if tools is None else self._encoder.marked(list(tools)),
                 tokenize=False,
-                add_generation_prompt=prompt,
                 chat_template=self.chat_template,
-                **self._encoder.marked(self.template_kwargs),
+                **given,
             )
         return texts
 
@@ -311,11 +321,11 @@ def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """Yield every text inside a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
+    """Yield every text inside a value, the names of objects apart."""
+    for part in value.values() if type(value) is dict else value or ():
+        if type(part) is str:
+            yield part
+        elif isinstance(part, (list, tuple, dict)):
             yield from _texts_in(part)
 
 
