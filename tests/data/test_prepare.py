@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -546,6 +548,27 @@ def test_progress_counts_the_rows(mixed: Path, renderer: Renderer, monkeypatch: 
     assert counts == sorted(counts)
     assert counts[-1] == 12
     assert len(counts) >= 4
+
+
+def test_nothing_unfinished_stays(mixed: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of a preparation that was interrupted, nor, after a day, of one that was killed."""
+    folder = prepare_module.cache_dir() / "prepared"
+    some = build_renderer(renderer.tokenizer, [151645, 151643], system="unfinished")
+    killed, running = folder / "a.1.unfinished", folder / "b.2.unfinished"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (killed, running):
+        path.write_bytes(b"x")
+    os.utime(killed, (0, time.time() - prepare_module.UNFINISHED_S - 60))
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Config(data=[str(mixed)], max_length=60), some, on_progress=interrupt)
+    assert set(folder.glob("*.unfinished")) == {killed, running}
+    _prepare(mixed, some)
+    assert set(folder.glob("*.unfinished")) == {running}
+    running.unlink()
 
 
 # --- shapes and lengths ---

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +36,9 @@ BATCH_ROWS = 512
 
 MAX_CACHED = 8
 """Prepared files that are kept in the cache; the oldest goes first."""
+
+UNFINISHED_S = 24 * 3600
+"""After this, a file that was not finished belongs to a process that was killed."""
 
 STORE_VERSION = 1
 """Of how rows become prepared rows: another number, and nothing prepared before is used."""
@@ -109,25 +113,31 @@ def _stored(
     path, tally_path = folder / f"{name}.arrow", folder / f"{name}.json"
     if not (path.is_file() and tally_path.is_file()):
         unfinished = folder / f"{name}.{os.getpid()}.unfinished"
-        with RowWriter(unfinished) as writer:
-            tally = _prepare_rows(files, config, renderer, writer=writer, on_progress=on_progress)
-        if [state_of(file.path) for file in files] != states:
-            raise UserError("data_changed", where=str(files[0].path), fix="data_changed")
-        # The tally first: rows without it are prepared again.
-        unfinished_tally = unfinished.with_suffix(".tally")
-        unfinished_tally.write_text(tally.to_json(), encoding="utf-8")
-        unfinished_tally.replace(tally_path)
-        unfinished.replace(path)
+        try:
+            with RowWriter(unfinished) as writer:
+                tally = _prepare_rows(files, config, renderer, writer=writer, on_progress=on_progress)
+            if [state_of(file.path) for file in files] != states:
+                raise UserError("data_changed", where=str(files[0].path), fix="data_changed")
+            # The tally first: rows without it are prepared again.
+            unfinished_tally = unfinished.with_suffix(".tally")
+            unfinished_tally.write_text(tally.to_json(), encoding="utf-8")
+            unfinished_tally.replace(tally_path)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         _prune(folder, keep=path)
     return StoredRows(path), Tally.from_json(tally_path.read_text(encoding="utf-8"))
 
 
 def _prune(folder: Path, *, keep: Path) -> None:
-    """Remove the oldest prepared files but a few; a run has its own copy."""
+    """Remove the oldest prepared files but a few, and what was left unfinished a day ago; a run has its own copy."""
     files = sorted(folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
     for path in [path for path in files if path != keep][: -MAX_CACHED + 1 or None]:
         path.unlink(missing_ok=True)
         path.with_suffix(".json").unlink(missing_ok=True)
+    for path in folder.glob("*.unfinished"):
+        if time.time() - path.stat().st_mtime > UNFINISHED_S:
+            path.unlink(missing_ok=True)
 
 
 def _cache_key(files: Sequence[Source], config: Config, renderer: Renderer) -> str:

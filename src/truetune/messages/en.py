@@ -92,7 +92,7 @@ TEXTS = {
     "report.tokens": "{total:,}; {trie:,} computed in an epoch, since common prefixes count once ({saved:.0%} saved)",
     "report.length": "{p50:,} median, {p90:,} p90, {p99:,} p99, {longest:,} longest",
     "report.more_refused": "… and {count} more refused rows ({reasons} reasons); see truetune check --show refused.",
-    "note.ignored_key": 'The key "{name}" is not used ({count} rows have it).',
+    "note.ignored_key": 'The key "{name}" is not used (rows that have it: {count}).',
     "note.cut": "{count} rows were too long and lost their oldest turns; their answers are whole.",
     "note.preference": "{count} rows are preference pairs: chosen answers are learned, rejected ones are not used.",
     "note.appends_stop": "The template ends answers without a stop token; one is appended and learned.",
