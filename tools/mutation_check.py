@@ -176,15 +176,15 @@ MUTANTS = (
     Mutant(
         "2 the tokenizer adds a second BOS",
         "data/encode.py",
-        "encode_batch(texts, add_special_tokens=False)",
-        "encode_batch(texts)",
+        "encode(texts, add_special_tokens=False)",
+        "encode(texts)",
         "tests/data/test_encode.py",
     ),
     Mutant(
         "5 an answer is cut and gets a stop token",
         "data/lengths.py",
-        "        fitting.append(shorter)\n",
-        "        fitting.append(Pair(shorter.prompt_ids, (*shorter.answer_ids[:9], shorter.answer_ids[-1])))\n",
+        "        fitting += shorter\n",
+        "        fitting += [Pair(some.prompt_ids, (*some.answer_ids[:9], some.answer_ids[-1])) for some in shorter]\n",
         "tests/data/test_prepare.py",
     ),
     Mutant(
