@@ -27,9 +27,9 @@ def train(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Ru
     from truetune.console import Console
     from truetune.training import train as run_training
 
-    resume = keys.pop("resume", False)
+    going = {name: keys.pop(name) for name in ("resume", "allow_changed", "skip_bad") if name in keys}
     settings = resolve({"data": _names(data), **_plain({"model": model, **keys})})
-    return run_training(settings, Console(language(settings.config.lang)), resume=resume)
+    return run_training(settings, Console(language(settings.config.lang)), **going)
 
 
 def check(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
 # Keys that may change between a run and its resumption, since they change nothing that is computed.
 FREE_KEYS = (
     *("output_dir", "lang", "logging_steps", "save_steps", "save_total_limit", "hub", "revision"),
-    *("report_to", "tracker_project", "tracker_name"),
+    *("report_to", "tracker_project", "tracker_name", "result", "early_stopping_patience"),
     # These have hashes of their own in the identity.
     *("model", "data", "eval_data"),
 )
@@ -205,6 +204,10 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     chosen: dict[str, Any] = {}
     if config.eval_steps == "auto":
         chosen["eval_steps"] = choose_eval_steps(steps, num_trained_rows=num_trained_rows, num_rows=len(held_out))
+    if config.result == "auto":
+        chosen["result"] = "best" if held_out else "last"
+    elif config.result == "best" and not held_out:
+        raise UserError("best_of_nothing", where="result", fix="best_of_nothing")
     if config.save_steps == "auto":
         chosen["save_steps"] = max(-(-steps // SAVES_PER_RUN), 1)
     return settings.with_chosen(**chosen), held_out
@@ -230,5 +233,5 @@ def identity_of(config: Config, flight: Preflight) -> dict[str, str]:
         "base": flight.base.fingerprint,
         "data": flight.prepared.data_hash,
         "template": flight.renderer.template_hash,
-        "config": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+        **{f"config.{key}": json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in values.items()},
     }

@@ -1,49 +1,48 @@
 """Save, find and load the state of a run. No pickle: safetensors and JSON.
 
-A checkpoint is staged beside its place, every file fsynced, the manifest written last, and then renamed; so a folder
-called `checkpoint-000100` is complete, or damaged later, which its hashes tell.
+A checkpoint is staged beside its place and renamed when it is complete (disk.py); so a folder called
+`checkpoint-000100` is whole, or was damaged later, which its manifest tells.
 
     checkpoint-000100/
       adapter_config.json  adapter_model.safetensors      PEFT's own layout, usable as it is
       optimizer.safetensors  trainer_state.json           AdamW moments; step, scheduler
-      manifest.json                                       size and sha256 of each file; what the run was
+      manifest.json                                       size and sha256 of each file; what the run was, and on what
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib.metadata
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from truetune.errors import UserError
-from truetune.model import hash_file
-from truetune.rundir import to_json, write_atomic
+from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json, write_atomic
+from truetune.errors import MachineError, NumericsError, UserError
 
-MANIFEST = "manifest.json"
+ADAPTER, OPTIMIZER, TRAINER_STATE = "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"
+OF_THE_RUN = {OPTIMIZER, TRAINER_STATE, MANIFEST}
+"""Files of a checkpoint that its adapter does not need."""
 
+MIN_KEPT = 2
+PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+_NAME = re.compile(r"checkpoint-(\d+)")
 
-def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
-    """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
-    # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
-    write_atomic(path, to_json(values, indent=2) + "\n")
+# With another value of these, the tensors of a checkpoint do not fit.
+SHAPING = {"base", "config.lora_r", "config.target_modules"}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds: `identity` are the hashes of what the run was (data, base, template, configuration).
+    """What a checkpoint holds: `identity` says what the run was (data, base, template, every key that matters).
 
     `base`: where the base is, see Base.reference.
     """
@@ -54,85 +53,93 @@ class State:
     identity: Mapping[str, str]
     base: Mapping[str, str]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a checkpoint, nearly: the adapter and AdamW's two moments."""
+        sizes: list[int] = [
+            part.numel() * part.element_size() for part in self.model.parameters() if part.requires_grad
+        ]
+        return 3 * sum(sizes)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what is computed."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
+    """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
+    with _as_os_errors():
+        # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
+    write_atomic(path, to_json(values, indent=2) + "\n")
+
 
 def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path], None]) -> Path:
-    """Write `folder`/checkpoint-<step> and return it. `write_extra`: adds files (tokenizer, probes) before sealing."""
+    """Write `folder`/checkpoint-<step> and return it. `write_extra`: adds files (template, probes) before sealing.
+
+    Raises: MachineError if the disk is full; NumericsError if a weight is not finite. Older checkpoints stand.
+    """
     target = folder / f"checkpoint-{step:06d}"
-    staging = folder / f".tmp-{target.name}-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_adapter(state.model, staging, base=state.base)
-    write_extra(staging)
-    tensors, groups = _flatten(state.optimizer.state_dict())
-    save_file(tensors, str(staging / "optimizer.safetensors"))
-    values = {"step": step, "scheduler": state.scheduler.state_dict(), "param_groups": groups}
-    (staging / "trainer_state.json").write_text(to_json(values), encoding="utf-8")
-    seal(staging, step=step, identity=state.identity)
-    if target.exists():
-        shutil.rmtree(target)
-    staging.rename(target)
-    sync_folder(folder)
+    _require_finite(state, step)
+    require_space(folder, state.num_bytes)
+    with staged(target, step=step, identity=dict(state.identity), versions=versions()) as staging:
+        save_adapter(state.model, staging, base=state.base)
+        write_extra(staging)
+        with _as_os_errors():
+            save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
+        values = {"step": step, "scheduler": state.scheduler.state_dict()}
+        (staging / TRAINER_STATE).write_text(to_json(values), encoding="utf-8")
     return target
 
 
-def seal(folder: Path, *, step: int, identity: Mapping[str, str]) -> None:
-    """Fsync every file of `folder` and write its manifest last."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-    manifest = {"format": 1, "step": step, "identity": dict(identity), "files": files}
-    write_atomic(folder / MANIFEST, _signed(manifest))
-    sync_folder(folder)
+def rehearse(folder: Path, *, state: State, write_extra: Callable[[Path], None]) -> None:
+    """Save as it will be done, read it back and remove it: a disk that is full or read-only is found before step 1.
 
-
-def _signed(manifest: dict[str, Any]) -> str:
-    """Return the manifest's text with the hash of itself, so that damage to it is seen, too."""
-    digest = hashlib.sha256(to_json(manifest).encode()).hexdigest()
-    return to_json(manifest | {"sha256": digest}, indent=2) + "\n"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if every file matches the manifest."""
-    try:
-        content = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(content)
-    except (OSError, ValueError):
-        return MANIFEST
-    if content != _signed({key: value for key, value in manifest.items() if key != "sha256"}):
-        return MANIFEST
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or hash_file(path) != expected["sha256"]:
-            return str(name)
-    return None
+    Raises: MachineError if what is read is not what was written.
+    """
+    place = save(folder / f"{STAGING}rehearsal", 0, state=state, write_extra=write_extra)
+    broken = damage(place)
+    remove(place.parent)
+    if broken is not None:
+        raise MachineError("rehearsal", where=str(folder), fix="machine", file=broken)
 
 
 def find(folder: Path) -> tuple[Path | None, dict[str, str]]:
     """Return (newest undamaged checkpoint or None, {skipped checkpoint: damaged file})."""
     skipped: dict[str, str] = {}
-    for path in reversed(_by_step(folder)):
-        broken = damage(path)
+    for path in reversed(by_step(folder)):
+        broken = broken_file(path)
         if broken is None:
             return path, skipped
         skipped[path.name] = broken
     return None, skipped
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, by step and never by time."""
-    for path in _by_step(folder)[:-keep]:
-        shutil.rmtree(path)
+def broken_file(path: Path) -> str | None:
+    """Return the damaged file of a checkpoint, or None; a copy under the name of another step is damaged, too."""
+    broken = damage(path)
+    return MANIFEST if broken is None and read_manifest(path)["step"] != step_of(path) else broken
+
+
+def prune(folder: Path, *, keep: int, best: int | None = None) -> None:
+    """Remove the oldest checkpoints, by step and never by time; the newest `keep` and the one of step `best` stay.
+
+    Nothing goes while fewer than two of those that stay are undamaged.
+    """
+    paths = by_step(folder)
+    staying = paths[-max(keep, MIN_KEPT) :]
+    going = [path for path in paths if path not in staying and step_of(path) != best]
+    if not going:
+        return
+    good = (path for path in reversed(staying) if broken_file(path) is None)
+    if sum(1 for _ in zip(good, range(MIN_KEPT), strict=False)) == MIN_KEPT:
+        for path in going:
+            remove(path)
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> None:
@@ -141,46 +148,118 @@ def set_aside(folder: Path, names: Iterable[str]) -> None:
         (folder / name).rename(folder / f"damaged-{name}-{os.getpid()}")
 
 
-def _by_step(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+def by_step(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest step first."""
+    return sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def check_identity(folder: Path, identity: Mapping[str, str]) -> None:
-    """Refuse to resume a run of other data, base or configuration.
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's name says.
 
-    Raises: UserError listing what differs.
+    >>> step_of(Path("run/checkpoints/checkpoint-000100"))
+    100
     """
-    saved = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["identity"]
-    differing = sorted(key for key in identity if saved.get(key) != identity[key])
-    if differing:
-        raise UserError("resume_changed", where=str(folder), fix="resume_changed", names=", ".join(differing))
+    return int(path.name.rpartition("-")[2])
+
+
+def differences(folder: Path, identity: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return {what: (then, now)} for all that a run is now and was not when the checkpoint was written."""
+    saved = read_manifest(folder)["identity"]
+    return {
+        name: (saved.get(name, "-"), identity.get(name, "-"))
+        for name in sorted({*saved, *identity})
+        if saved.get(name) != identity.get(name)
+    }
+
+
+def other_versions(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return {package: (then, now)} for every library that is another version now."""
+    saved, now = read_manifest(folder)["versions"], versions()
+    return {name: (saved.get(name, "-"), now[name]) for name in PACKAGES if saved.get(name) != now[name]}
+
+
+def check_identity(folder: Path, identity: Mapping[str, str], *, allow_changed: bool = False) -> dict[str, str]:
+    """Refuse to resume a run of other data, base or configuration; return {what: "then → now"}, if that is allowed.
+
+    Raises: UserError listing what differs; also where it is allowed, if the tensors would not fit.
+    """
+    changed = differences(folder, identity)
+    shown = {name.removeprefix("config."): _shown(name, *values) for name, values in changed.items()}
+    names = ", ".join(f"{name}{values}" for name, values in shown.items())
+    if changed.keys() & SHAPING:
+        raise UserError("resume_other_shape", where=str(folder), fix="resume_other_shape", names=names)
+    if changed and not allow_changed:
+        raise UserError("resume_changed", where=str(folder), fix="resume_changed", names=names)
+    return shown
+
+
+def _shown(name: str, then: str, now: str) -> str:
+    """Hashes say nothing to a reader; values do."""
+    return f" ({then} → {now})" if name.startswith("config.") else ""
 
 
 def load(folder: Path, state: State) -> int:
     """Put a checkpoint into the model, optimizer and scheduler of `state`; return its step.
 
-    Raises: UserError if the checkpoint belongs to a run of other data, base, template or configuration.
+    Learning rate and weight decay are those of `state`, at the checkpoint's step; if nothing changed, the same bits.
     """
     from peft import set_peft_model_state_dict
 
-    check_identity(folder, state.identity)
-    set_peft_model_state_dict(state.model, load_file(str(folder / "adapter_model.safetensors")))
-    values = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    tensors = load_file(str(folder / "optimizer.safetensors"))
-    state.optimizer.load_state_dict(_unflatten(tensors, values["param_groups"]))
-    state.scheduler.load_state_dict(values["scheduler"])
+    set_peft_model_state_dict(state.model, load_file(str(folder / ADAPTER)))
+    values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    scheduler = state.scheduler
+    at = values["scheduler"]["last_epoch"]
+    rates = [rate * factor(at) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(values["scheduler"] | {"base_lrs": scheduler.base_lrs, "_last_lr": rates})
+    groups = state.optimizer.state_dict()["param_groups"]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    moments = _unflatten(load_file(str(folder / OPTIMIZER)))
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(values["step"])
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Return an optimizer's state as {"index.name": tensor} and its parameter groups."""
-    tensors = {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
-    return tensors, state["param_groups"]
+def other_tensor(folder: Path, state: State) -> str | None:
+    """Return the first tensor of a checkpoint that is not, bit for bit, what `state` holds; None if all are."""
+    from peft import get_peft_model_state_dict
+
+    for name, now in (
+        (ADAPTER, get_peft_model_state_dict(state.model)),
+        (OPTIMIZER, _flatten(state.optimizer.state_dict())),
+    ):
+        then = load_file(str(folder / name))
+        for key in sorted({*then, *now}):
+            if key not in then or key not in now or not torch.equal(then[key], now[key].cpu()):
+                return f"{name}: {key}"
+    return None
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _require_finite(state: State, step: int) -> None:
+    for name, part in state.model.named_parameters():
+        if part.requires_grad and not torch.isfinite(part).all():
+            raise NumericsError("weight_not_finite", where=f"step {step}", fix="not_finite", name=name)
+
+
+def _flatten(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return an optimizer's state as {"index.name": tensor}."""
+    return {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": groups}
+    return state
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """A full disk is an OSError, whoever finds it: safetensors writes in Rust and has an exception of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

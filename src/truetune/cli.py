@@ -18,7 +18,7 @@ from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
 from truetune.errors import Interrupted, MachineError, TruetuneError, UserError
 from truetune.messages import text
 
-COMMANDS = ("train", "check", "chat", "runs", "env", "demo")
+COMMANDS = ("train", "check", "chat", "runs", "verify", "env", "demo")
 
 
 class Program(click.Group):
@@ -97,14 +97,22 @@ def run(words: Sequence[str]) -> int:
     except click.NoSuchOption as error:
         return _report(_unknown_option(error), lang, debug=debug)
     except click.UsageError as error:
-        command = " ".join(["truetune", *[word for word in words if word in COMMANDS][:1]])
+        command = _command(words)
         fault = UserError("usage", where=command, fix="usage", problem=error.format_message(), command=command)
         return _report(fault, lang, debug=debug)
     except TruetuneError as error:
         return _report(error, lang, debug=debug)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's words for it
+            raise
+        return _report(MachineError("out_of_memory", where=_command(words), fix="out_of_memory"), lang, debug=debug)
     except OSError as error:
         where = str(error.filename or "truetune")
         return _report(MachineError("machine", where=where, fix="machine", problem=error), lang, debug=debug)
+
+
+def _command(words: Sequence[str]) -> str:
+    return " ".join(["truetune", *[word for word in words if word in COMMANDS][:1]])
 
 
 def _unknown_option(error: click.NoSuchOption) -> UserError:

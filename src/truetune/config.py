@@ -112,6 +112,8 @@ class Config(BaseModel):
     eval_steps: AutoInt = "auto"
     save_steps: AutoInt = "auto"
     save_total_limit: PositiveInt = 3
+    result: Literal["auto", "best", "last"] = "auto"
+    early_stopping_patience: PositiveInt | None = None
     report_to: Annotated[list[Literal["swanlab", "tensorboard"]], BeforeValidator(_split_words)] = Field(
         default_factory=list
     )
@@ -256,9 +258,14 @@ def _as_user_errors(error: ValidationError, origins: Mapping[str, str]) -> UserE
     return UserErrors(list(faults.values()))
 
 
+SECRET_WORDS = ("api_key", "apikey", "token", "secret", "password")
+
+
 def unknown_key(key: str, where: str) -> UserError:
     """Return the error for a key that does not exist, with the nearest name where one is near."""
     name = key.lstrip("-").replace("-", "_")
+    if any(word in name.lower() for word in SECRET_WORDS):
+        return UserError("config_unknown_key", where=where, fix="config_secret", name=key)
     near = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.6)
     if near:
         return UserError("config_unknown_key", where=where, fix="config_did_you_mean", name=key, near=near[0])

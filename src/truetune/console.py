@@ -135,6 +135,14 @@ class Steps:
         if event["kind"] == "memory":
             self._console.say("train.smaller", step=event["step"], tokens=event["max_tokens"])
             return
+        if event["kind"] == "finding":
+            values = {name: value for name, value in event.items() if name not in ("kind", "name")}
+            self._console.say(f"finding.{event['name']}", style="yellow", **values)
+            return
+        if event["kind"] == "skipped":
+            self._console.say("train.skipped", style="yellow", **{k: event[k] for k in ("step", "loss", "row_ids")})
+            self._bar.update(self._task, advance=1)
+            return
         if event["kind"] == "eval":
             self._console.say("train.eval", step=event["step"], loss=f"{event['eval_loss']:.4f}")
             return

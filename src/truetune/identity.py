@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from truetune.data.template import Renderer
+from truetune.disk import to_json, write_atomic
 from truetune.errors import UserError
 from truetune.records import Message, first_difference
-from truetune.rundir import to_json, write_atomic
 
 FILE = "truetune.json"
 NUM_PROBES = 8

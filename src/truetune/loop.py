@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,10 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run that the loop needs. All steps are optimizer steps."""
+    """The numbers of a run that the loop needs. All steps are optimizer steps.
+
+    `max_skipped`: steps of the run whose loss or gradient may be not finite; they change nothing.
+    """
 
     num_steps: int
     batch_size: int
@@ -33,6 +37,7 @@ class Plan:
     eval_steps: int
     save_steps: int
     mix: Mix | None = None
+    max_skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Loop:
     scheduler: Any
     plan: Plan
     backward: Callable[[torch.Tensor], None]
+    num_skipped: int = 0
 
     def run(
         self,
@@ -63,12 +69,14 @@ class Loop:
         start: int = 0,
         evaluate: Callable[[], float | None] = lambda: None,
         save: Callable[[int], None] = lambda _step: None,
+        should_save: Callable[[], bool] = lambda: False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
-        """Train from step `start` + 1 to the last, yielding "eval" and "step" events.
+        """Train from step `start` + 1 to the last, yielding "eval", "step" and "skipped" events.
 
-        `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint.
-        `should_stop`: asked after each step; if it says yes, the state is saved and the loop ends.
+        `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint: every
+        `save_steps`, and where `should_save` says so. `should_stop`: asked after each step, and after its save; if it
+        says yes, the state is saved and the loop ends.
         """
         plan = self.plan
         if start == 0:
@@ -81,9 +89,11 @@ class Loop:
             if is_last or step % plan.eval_steps == 0:
                 yield from _evaluation(step, evaluate)
             is_stopped = should_stop()
-            if is_last or is_stopped or step % plan.save_steps == 0:
+            is_saved = is_last or is_stopped or step % plan.save_steps == 0 or should_save()
+            if is_saved:
                 save(step)
-            if is_stopped:
+            # Asked again: a signal may have come while the state was saved, which need not be done twice.
+            if is_stopped or (is_saved and should_stop()):
                 return
 
     def _batches(self, rows: Sequence[Row], start: int) -> Iterator[Batch]:
@@ -113,17 +123,25 @@ class Loop:
             try:
                 result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
                 break
-            except torch.OutOfMemoryError:
-                # Only a GPU says so; what was added to the gradient is half a step.
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # What was added to the gradient is half a step.
                 self.optimizer.zero_grad(set_to_none=True)
             batch = self._in_smaller_forwards(batch)
             yield {"kind": "memory", "step": step, "max_tokens": self.engine.max_tokens}
         learning_rate = self.scheduler.get_last_lr()[0]
-        grad_norm = self._update(step, rows, result.loss)
+        grad_norm = self._clipped(step, rows, result.loss)
+        told = {"step": step, "row_ids": [row.index for row in rows]}
+        if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
+            self._skip()
+            yield {"kind": "skipped", **told, "loss": str(result.loss), "grad_norm": str(grad_norm)}
+            return
+        self._update()
         seconds = time.perf_counter() - began
         yield {
             "kind": "step",
-            "step": step,
+            **told,
             "epoch": round(batch.epoch, 4),
             "loss": result.loss,
             "learning_rate": learning_rate,
@@ -137,7 +155,6 @@ class Loop:
             "memory_bytes": _memory_bytes(),
             "cpu_percent": round(100 * (time.process_time() - cpu_began) / seconds, 1),
             "gpu_percent": _gpu_percent(),
-            "row_ids": [row.index for row in rows],
         }
 
     def _in_smaller_forwards(self, batch: Batch) -> Batch:
@@ -148,28 +165,45 @@ class Loop:
         largest = max(forward.num_tokens for forward in batch.forwards)
         longest = max(forward.num_positions for forward in batch.forwards)
         if largest <= longest:
-            raise MachineError("out_of_memory", where=f"step {batch.step}", fix="out_of_memory")
+            raise MachineError("out_of_memory", where=f"step {batch.step}", fix="out_of_memory", tokens=longest)
         size = min(self.engine.max_tokens, max(largest // 2, longest))
         self.engine = replace(self.engine, max_tokens=size)
         return replace(batch, forwards=make_forwards(self.engine, pairs_of(batch.rows)))
 
-    def _update(self, step: int, rows: Sequence[Row], loss: float) -> float:
-        """Clip and apply the gradient; return its norm before clipping.
+    def _clipped(self, step: int, rows: Sequence[Row], loss: float) -> float:
+        """Clip the gradient and return its norm before that.
 
-        Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite: one NaN would
-        make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
+        Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite and no more steps
+        may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
         parameters = [parameter for parameter in self.engine.model.parameters() if parameter.requires_grad]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            origins = ", ".join(row.where for row in rows)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
+            self.optimizer.zero_grad(set_to_none=True)
+            origins = ", ".join(f"{row.where} (row {row.index})" for row in rows)
             raise NumericsError(
                 "not_finite", where=f"step {step}", fix="not_finite", loss=loss, grad_norm=grad_norm, rows=origins
             )
+        return grad_norm
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+
+    def _skip(self) -> None:
+        """Leave weights and moments as they are; the learning rate goes on, since it belongs to the step's number."""
+        self.num_skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            # torch warns if the first step of all is skipped.
+            warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: a GPU's, or the system's, which torch calls a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:

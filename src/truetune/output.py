@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from truetune import checkpoint, identity
 from truetune.config import Settings, dump
 from truetune.data.prepare import hash_files
 from truetune.data.template import TEMPLATE_FILE
+from truetune.disk import damage, read_manifest, staged, to_json, write_atomic
 from truetune.errors import Stopped, TruetuneError
 from truetune.loop import Event
 from truetune.preflight import Preflight
-from truetune.rundir import RunDir, to_json, write_atomic
-
-PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+from truetune.rundir import RunDir
 
 
 def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
@@ -30,10 +29,13 @@ def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
     run.write_info(**_info(run, settings, flight))
     run.append({"kind": "state", "state": "running", "time": _now()})
     write_atomic(run.config, dump(settings.config))
-    prepared.train.write(run.data / "train.arrow")
-    prepared.held_out.write(run.data / "eval.arrow")
-    refused = [{"where": row.where, "reason": row.reason, "fix": row.fix} for row in prepared.report.refused]
-    write_atomic(run.data / "refused.jsonl", "".join(to_json(row) + "\n" for row in refused))
+    if damage(run.data) is None and read_manifest(run.data)["data"] == prepared.data_hash:
+        return
+    with staged(run.data, data=prepared.data_hash) as folder:
+        prepared.train.write(folder / "train.arrow")
+        prepared.held_out.write(folder / "eval.arrow")
+        refused = [{"where": row.where, "reason": row.reason, "fix": row.fix} for row in prepared.report.refused]
+        write_atomic(folder / "refused.jsonl", "".join(to_json(row) + "\n" for row in refused))
 
 
 def _info(run: RunDir, settings: Settings, flight: Preflight) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def _info(run: RunDir, settings: Settings, flight: Preflight) -> dict[str, Any]:
         "data": settings.config.data,
         "seed": settings.config.seed,
         "steps": flight.prepared.report.steps,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": checkpoint.versions(),
         "base_fingerprint": flight.base.fingerprint,
         "data_sha256": flight.prepared.data_hash,
         "template_sha256": flight.renderer.template_hash,
@@ -73,46 +75,76 @@ def recorded_state(run: RunDir) -> Iterator[None]:
         state = "stopped"
         raise
     finally:
-        run.write_info(state=state, error=problem or None)
-        run.append({"kind": "state", "state": state, "time": _now()})
+        # On a full disk the fault itself is what matters; a run whose state still says "running" is resumed as well.
+        with suppress(OSError) if state != "done" else nullcontext():
+            run.append({"kind": "state", "state": state, "time": _now()})
+            run.sync_lines()
+            run.write_info(state=state, error=problem or None)
 
 
 def record(run: RunDir, event: Event) -> None:
     """Append an event, and the row ids of a step, to the run's files."""
     if "row_ids" in event:
         run.append_step_rows(event["step"], event["row_ids"])
-    run.append({key: value for key, value in event.items() if key != "row_ids"})
+    # Those of a step stand in steps.jsonl.
+    is_step = event["kind"] == "step"
+    run.append({key: value for key, value in event.items() if not (is_step and key == "row_ids")})
 
 
-def save_checkpoint(
-    step: int, *, run: RunDir, state: checkpoint.State, flight: Preflight, save_total_limit: int
-) -> None:
-    """Write the checkpoint of a step, then remove the oldest."""
-    write_extra = partial(_write_use, flight=flight)
-    checkpoint.save(run.checkpoints, step, state=state, write_extra=write_extra)
-    checkpoint.prune(run.checkpoints, save_total_limit)
+@dataclass(frozen=True)
+class Saver:
+    """Writes what a run must not lose: checkpoints, and from one of them the result."""
+
+    run: RunDir
+    state: checkpoint.State
+    flight: Preflight
+    save_total_limit: int
+
+    def rehearse(self) -> None:
+        """Find out before step 1 whether checkpoints can be written."""
+        checkpoint.rehearse(self.run.checkpoints, state=self.state, write_extra=self._write_use)
+
+    def save(self, step: int, *, best: int | None) -> None:
+        """Write the checkpoint of a step, then remove the oldest; the one of step `best` stays."""
+        self.run.sync_lines()
+        checkpoint.save(self.run.checkpoints, step, state=self.state, write_extra=self._write_use)
+        checkpoint.prune(self.run.checkpoints, keep=self.save_total_limit, best=best)
+
+    def write_adapter(self, *, best: int | None) -> Path | None:
+        """Make adapter/, the result, of the checkpoint of step `best`, else of the newest; return that checkpoint.
+
+        PEFT's files, tokenizer, template, probes and card.
+        """
+        chosen, _ = checkpoint.find(self.run.checkpoints)
+        wanted = self.run.checkpoints / f"checkpoint-{best or 0:06d}"
+        if checkpoint.broken_file(wanted) is None:
+            chosen = wanted
+        if chosen is None:
+            return None
+        with staged(self.run.adapter, step=checkpoint.step_of(chosen)) as folder:
+            for path in chosen.iterdir():
+                if path.name not in checkpoint.OF_THE_RUN:
+                    shutil.copyfile(path, folder / path.name)
+            self.flight.renderer.save_tokenizer(folder)
+            _write_card(folder, base=self.state.base["name"], name=self.run.path.name)
+        return chosen
+
+    def _write_use(self, folder: Path) -> None:
+        """Write beside an adapter what its use needs: template, probes."""
+        prepared, renderer = self.flight.prepared, self.flight.renderer
+        (folder / TEMPLATE_FILE).write_text(renderer.chat_template, encoding="utf-8")
+        rows = [*prepared.held_out[: identity.NUM_PROBES], *prepared.train[: identity.NUM_PROBES]]
+        prompts = [row.prompt for row in rows if row.prompt]
+        identity.write(folder, renderer, prompts=prompts, base=self.flight.base.reference())
 
 
-def _write_use(folder: Path, *, flight: Preflight) -> None:
-    """Write beside an adapter what its use needs: template, probes."""
-    (folder / TEMPLATE_FILE).write_text(flight.renderer.chat_template, encoding="utf-8")
-    rows = [*flight.prepared.held_out[: identity.NUM_PROBES], *flight.prepared.train[: identity.NUM_PROBES]]
-    prompts = [row.prompt for row in rows if row.prompt]
-    identity.write(folder, flight.renderer, prompts=prompts, base=flight.base.reference())
-
-
-def write_adapter(run: RunDir, state: checkpoint.State, *, flight: Preflight) -> None:
-    """Write adapter/, the result: PEFT's files, tokenizer, template, probes, card."""
-    run.adapter.mkdir(exist_ok=True)
-    checkpoint.save_adapter(state.model, run.adapter, base=state.base)
-    flight.renderer.save_tokenizer(run.adapter)
-    _write_use(run.adapter, flight=flight)
+def _write_card(folder: Path, *, base: str, name: str) -> None:
     card = {
-        "base_model": state.base["name"],
+        "base_model": base,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "sft"],
     }
     head = "".join(f"{key}: {to_json(value)}\n" for key, value in card.items())
-    body = f"# {run.path.name}\n\nA LoRA adapter trained with Truetune. What was trained is in truetune.json.\n"
-    write_atomic(run.adapter / "README.md", f"---\n{head}---\n\n{body}")
+    body = f"# {name}\n\nA LoRA adapter trained with Truetune. What was trained is in truetune.json.\n"
+    write_atomic(folder / "README.md", f"---\n{head}---\n\n{body}")

@@ -11,9 +11,9 @@ import numpy as np
 from jinja2 import Environment
 
 from truetune.config import Config
+from truetune.disk import write_atomic
 from truetune.messages import text
 from truetune.preflight import Preflight, report_lines
-from truetune.rundir import write_atomic
 
 NUM_ROWS, MAX_REFUSED, NUM_BARS = 20, 200, 60
 MAX_SHOWN_CHARS = 4000

@@ -17,22 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.disk import FULL, to_json, write_atomic
 from truetune.errors import UserError
-
-
-def write_atomic(path: Path, content: str) -> None:
-    """Write `path` so that a reader sees the old or the new content, never a part: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Return strict JSON: non-ASCII text as it is, never NaN or Infinity."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+from truetune.lock import FILE as LOCK_FILE
 
 
 class RunDir:
@@ -47,6 +34,7 @@ class RunDir:
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self._waiting: dict[Path, bytes] = {}
 
     @property
     def is_run(self) -> bool:
@@ -70,15 +58,43 @@ class RunDir:
 
     def append(self, event: dict[str, Any]) -> None:
         """Append one line to events.jsonl."""
-        _append(self.events, event)
+        self._append(self.events, event)
 
     def append_step_rows(self, step: int, row_ids: list[int]) -> None:
         """Append the row ids of one optimizer step to steps.jsonl."""
-        _append(self.steps, {"step": step, "rows": row_ids})
+        self._append(self.steps, {"step": step, "rows": row_ids})
+
+    @property
+    def has_waiting_lines(self) -> bool:
+        """True if the disk did not take a line yet: it is tried again with the next one."""
+        return any(self._waiting.values())
+
+    def sync_lines(self) -> None:
+        """Make all lines durable, so that a checkpoint is never newer than what is told of it."""
+        for path in (self.events, self.steps):
+            if self._waiting.get(path):
+                _append_bytes(path, self._waiting.pop(path))
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def _append(self, path: Path, value: dict[str, Any]) -> None:
+        """Append a line, or keep it in memory if the disk is full: training need not end for a log."""
+        line = self._waiting.pop(path, b"") + (to_json(value) + "\n").encode()
+        try:
+            _append_bytes(path, line)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._waiting[path] = line
 
     def read_events(self) -> Iterator[dict[str, Any]]:
         """Yield the events; a last line cut by a kill is left out."""
         return _read_lines(self.events)
+
+    def read_step_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of steps.jsonl."""
+        return _read_lines(self.steps)
 
     def cut_back(self, step: int) -> None:
         """Drop every event and step line later than `step`, as resume does before it repeats them."""
@@ -87,9 +103,16 @@ class RunDir:
             write_atomic(path, "".join(to_json(line) + "\n" for line in kept))
 
 
-def _append(path: Path, value: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(value) + "\n")
+def _append_bytes(path: Path, content: bytes) -> None:
+    """Append all of it, or nothing."""
+    with path.open("ab", buffering=0) as file:
+        start, left = file.tell(), memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(start)
+            raise
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -153,6 +176,6 @@ def open_output(path: Path, *, resume: bool) -> RunDir:
         return run
     if run.is_run:
         raise UserError("output_has_run", where=str(path), fix="output_resume_or_other")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(some.name != LOCK_FILE for some in path.iterdir()):
         raise UserError("output_not_empty", where=str(path), fix="output_other")
     return run

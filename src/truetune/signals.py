@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one lets the step finish and the state be saved, the second one ends at once."""
+"""SIGINT, SIGTERM, SIGHUP: the first one lets the step finish and the state be saved, the second one ends at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopFlag:
@@ -20,7 +20,10 @@ class StopFlag:
     def __enter__(self) -> Self:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+            for number in CAUGHT:
+                # Under nohup a closed terminal is to be ignored.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

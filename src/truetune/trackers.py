@@ -35,10 +35,26 @@ def start(accelerator: Any, config: Config, *, folder: Path) -> None:
         raise UserError("tracker_refused", where=f"report_to: {names}", fix="tracker_refused", problem=error) from error
 
 
-def log(accelerator: Any, event: Mapping[str, Any], *, every: int) -> None:
-    """Hand an event to the trackers: each evaluation, and the steps that `every` divides."""
+def log(accelerator: Any, event: Mapping[str, Any], *, every: int) -> Exception | None:
+    """Hand an event to the trackers: each evaluation, and the steps that `every` divides.
+
+    Returns what a tracker raised: a service that cannot be reached is no reason to lose hours of training.
+    """
     if event["kind"] == "eval" or (event["kind"] == "step" and event["step"] % every == 0):
-        accelerator.log(scalars_of(event), step=event["step"])
+        try:
+            accelerator.log(scalars_of(event), step=event["step"])
+        except Exception as error:
+            return error
+    return None
+
+
+def end(accelerator: Any) -> Exception | None:
+    """Close the trackers; return what one of them raised."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        return error
+    return None
 
 
 def scalars_of(event: Mapping[str, Any]) -> dict[str, float]:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from truetune import checkpoint, trackers
+from truetune import checkpoint, disk, trackers
 from truetune.assembly import Assembly, assemble
 from truetune.config import Settings, load_yaml
 from truetune.console import Console
-from truetune.errors import MachineError, Stopped, UserError
-from truetune.output import record, recorded_state, save_checkpoint, write_adapter, write_start
+from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
+from truetune.lock import RunLock, refuse_locked
+from truetune.output import Saver, record, recorded_state, write_start
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
 from truetune.rundir import Run, RunDir, next_run_path, open_output, outcome
 from truetune.signals import StopFlag
+from truetune.teller import Teller
+from truetune.watch import Watch
+
+TAKEN = ("step", "skipped", "eval")
+"""Events after which the weights are those of their step."""
 
 
-def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
+def train(
+    settings: Settings, console: Console, *, resume: bool = False, allow_changed: bool = False, skip_bad: int = 0
+) -> Run:
     """Train as `settings` say and return the run.
+
+    `allow_changed`: resume although data or keys are others. `skip_bad`: steps that may be skipped because their loss
+    or gradient is not finite.
 
     Raises: UserError, before anything is written, if the configuration, the data or the model cannot be used.
     """
@@ -25,8 +37,10 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     if resume and not config.output_dir:
         raise UserError("output_no_run", where="--resume", fix="resume_which")
     path = Path(config.output_dir or next_run_path((config.data or ["data"])[0], config.model or "model")).expanduser()
+    refuse_locked(path)
+    disk.require_writable(path)
     run = open_output(path, resume=resume)
-    if run.is_run and run.read_info()["state"] == "done":
+    if run.is_run and run.read_info()["state"] == "done" and not allow_changed:
         console.say("train.already_done", path=path)
         return outcome(run)
     if run.config.is_file():
@@ -40,14 +54,16 @@ def train(settings: Settings, console: Console, *, resume: bool = False) -> Run:
     console.say("train.first_example")
     console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
     assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run)
-    start = _resume(run, assembly, console)
-    write_start(run, assembly.settings, flight=flight)
-    with recorded_state(run):
-        for event in assembly.events:
-            record(run, event)
-        _take_steps(run, assembly, flight, console, start=start)
-        write_adapter(run, assembly.state, flight=flight)
-    result = outcome(run)
+    assembly.loop.plan = replace(assembly.loop.plan, max_skipped=skip_bad)
+    with RunLock(path):
+        open_output(path, resume=resume)  # another one may have begun meanwhile
+        disk.sweep(path)
+        disk.sweep(run.checkpoints)
+        start = _resume(run, assembly, console, allow_changed=allow_changed)
+        write_start(run, assembly.settings, flight=flight)
+        with recorded_state(run):
+            _train(run, assembly, flight, console, start=start)
+        result = outcome(run)
     console.say("train.done", path=run.adapter)
     console.say("train.chat", path=path)
     return result
@@ -62,7 +78,7 @@ def _as_chosen_then(settings: Settings, run: RunDir) -> Settings:
     )
 
 
-def _resume(run: RunDir, assembly: Assembly, console: Console) -> int:
+def _resume(run: RunDir, assembly: Assembly, console: Console, *, allow_changed: bool) -> int:
     """Load the newest good checkpoint, if there is one, and return its step."""
     if not run.is_run:
         return 0
@@ -71,35 +87,89 @@ def _resume(run: RunDir, assembly: Assembly, console: Console) -> int:
         console.say("train.skipped_checkpoint", name=name, file=file)
     if skipped and path is None:
         raise MachineError("all_damaged", where=str(run.checkpoints), fix="all_damaged")
-    step = checkpoint.load(path, assembly.state) if path else -1
+    step = -1
+    if path is not None:
+        _check_same(path, assembly, console, allow_changed=allow_changed)
+        step = checkpoint.load(path, assembly.state)
     checkpoint.set_aside(run.checkpoints, skipped)
     run.cut_back(step)
     console.say("train.resumed", step=max(step, 0))
     return max(step, 0)
 
 
-def _take_steps(run: RunDir, assembly: Assembly, flight: Preflight, console: Console, *, start: int) -> None:
-    """Run the loop and hand its events to the run's files, the trackers and the screen."""
-    config, loop = assembly.settings.config, assembly.loop
-    save = partial(
-        save_checkpoint, run=run, state=assembly.state, flight=flight, save_total_limit=config.save_total_limit
-    )
+def _check_same(path: Path, assembly: Assembly, console: Console, *, allow_changed: bool) -> None:
+    """Say what is not as it was when a checkpoint was written.
+
+    Raises: UserError if the run is another one now, or would be computed by another major version of a library.
+    """
+    changed = checkpoint.check_identity(path, assembly.state.identity, allow_changed=allow_changed)
+    for name, values in changed.items():
+        console.say("train.changed", name=name, values=values)
+    others = checkpoint.other_versions(path)
+    names = ", ".join(f"{name} ({then} → {now})" for name, (then, now) in others.items())
+    is_major = any(then.split(".")[0] != now.split(".")[0] for then, now in others.values())
+    if is_major and not allow_changed:
+        raise UserError("resume_versions", where=str(path), fix="resume_versions", names=names)
+    if others:
+        console.say("train.other_versions", names=names)
+
+
+def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console, *, start: int) -> None:
+    """Take the steps and write the result, however the run ends: stopped by a signal, early, or at the last step."""
+    config = assembly.settings.config
+    watch = Watch(patience=config.early_stopping_patience, keeps_best=config.result == "best")
+    events = list(run.read_events())
+    watch.replay(events)
+    assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
+    saver = Saver(run, assembly.state, flight, config.save_total_limit)
+    if start < assembly.loop.plan.num_steps:
+        saver.rehearse()
+    for event in assembly.events:
+        record(run, event)
+    step, stopped_by = _take_steps(assembly, console, start=start, watch=watch, saver=saver)
+    chosen = saver.write_adapter(best=watch.best_step if config.result == "best" else None)
+    if chosen is not None and checkpoint.step_of(chosen) != step:
+        console.say("train.best", step=checkpoint.step_of(chosen), loss=watch.best_loss)
+    if stopped_by is not None and step < assembly.loop.plan.num_steps:
+        raise Stopped(stopped_by, where=str(run.path))
+
+
+def _take_steps(
+    assembly: Assembly, console: Console, *, start: int, watch: Watch, saver: Saver
+) -> tuple[int, int | None]:
+    """Run the loop; return the last step and the signal that ended it, if one did."""
+    config, loop, run = assembly.settings.config, assembly.loop, saver.run
+    step = saved = start
+
+    def save(step: int) -> None:
+        nonlocal saved
+        saver.save(step, best=watch.best_step)
+        watch.saved()
+        saved = step
+
     trackers.start(assembly.accelerator, config, folder=run.path)
-    step = start
-    try:
-        with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
+    with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
+        teller = Teller(run, assembly.accelerator, console, screen, config.logging_steps)
+        try:
             for event in loop.run(
-                flight.prepared.train,
+                saver.flight.prepared.train,
                 start=start,
                 evaluate=assembly.evaluate,
                 save=save,
-                should_stop=lambda: stop.signal is not None,
+                should_save=lambda: watch.wants_save,
+                should_stop=lambda: stop.signal is not None or watch.is_over,
             ):
-                step = event["step"]
-                record(run, event)
-                trackers.log(assembly.accelerator, event, every=config.logging_steps)
-                screen.show(event, is_logged=step % config.logging_steps == 0)
-    finally:
-        assembly.accelerator.end_training()
-    if stop.signal is not None and step < loop.plan.num_steps:
-        raise Stopped(stop.signal, where=str(run.path))
+                step = event["step"] if event["kind"] in TAKEN else step
+                for one in (event, *watch.see(event)):
+                    teller.tell(one)
+        except (NumericsError, MachineError):
+            # The weights are still those of the last step: nothing of it need be lost.
+            if step > saved:
+                with suppress(TruetuneError, OSError):
+                    save(step)
+            raise
+        finally:
+            teller.end()
+    if watch.is_over:
+        console.say("train.stopped_early", step=step, best_step=watch.best_step)
+    return step, stop.signal

@@ -13,7 +13,7 @@ import torch
 from truetune.cli import run
 from truetune.engine.families import FAMILIES
 from truetune.model import choose_dtype
-from truetune.output import PACKAGES
+from truetune.checkpoint import PACKAGES
 
 Capture = pytest.CaptureFixture[str]
 

@@ -151,6 +151,6 @@ def _checked_path(name: str) -> Path:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    from truetune.rundir import to_json, write_atomic
+    from truetune.disk import to_json, write_atomic
 
     write_atomic(path, to_json(values, indent=2) + "\n")

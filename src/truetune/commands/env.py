@@ -22,10 +22,10 @@ def command(lang: str) -> click.Command:
         import psutil
         import torch
 
+        from truetune.checkpoint import PACKAGES
         from truetune.console import Console
         from truetune.engine.families import FAMILIES
         from truetune.model import choose_dtype
-        from truetune.output import PACKAGES
 
         console = Console(lang)
         dtype, reason = choose_dtype()

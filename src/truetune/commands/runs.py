@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from truetune.errors import UserError
+from truetune.lock import owner_of
 from truetune.messages import text
 from truetune.rundir import RunDir, list_runs, outcome
 
@@ -25,7 +26,7 @@ def command(lang: str) -> click.Command:
             console.say("runs.none", folder=folder)
             return
         columns = ("run", "data", "model", "steps", "loss", "held_out", "state")
-        console.table([f"column.{name}" for name in columns], [_row(run) for run in runs])
+        console.table([f"column.{name}" for name in columns], [_row(run, lang) for run in runs])
 
     return click.Command(
         "runs",
@@ -35,7 +36,7 @@ def command(lang: str) -> click.Command:
     )
 
 
-def _row(run: RunDir) -> list[str]:
+def _row(run: RunDir, lang: str) -> list[str]:
     info, result = run.read_info(), outcome(run)
     losses = [loss for loss in (result.eval_loss_before, result.eval_loss_after) if loss is not None]
     return [
@@ -45,5 +46,11 @@ def _row(run: RunDir) -> list[str]:
         f"{result.steps}/{info['steps']}",
         f"{result.loss:.3f}" if result.loss is not None else "-",
         " → ".join(f"{loss:.3f}" for loss in losses) or "-",
-        info["state"],
+        _state(run, lang),
     ]
+
+
+def _state(run: RunDir, lang: str) -> str:
+    """A run that says it is running, and that nobody writes into, was killed."""
+    state = str(run.read_info()["state"])
+    return text("runs.killed", lang) if state == "running" and owner_of(run.path) is None else state

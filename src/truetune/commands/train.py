@@ -16,7 +16,14 @@ from truetune.rundir import RunDir
 def command(lang: str) -> click.Command:
     """Return the command, described in `lang`."""
 
-    def run(data: tuple[str, ...], config_file: str | None, resume: bool, **values: Any) -> None:
+    def run(
+        data: tuple[str, ...],
+        config_file: str | None,
+        resume: bool,
+        allow_changed: bool,
+        skip_bad: int,
+        **values: Any,
+    ) -> None:
         flags = given(values, data)
         path = Path(config_file) if config_file else None
         if resume and path is None and flags.get("output_dir"):
@@ -27,7 +34,7 @@ def command(lang: str) -> click.Command:
         from truetune.console import Console
         from truetune.training import train
 
-        train(settings, Console(lang), resume=resume)
+        train(settings, Console(lang), resume=resume, allow_changed=allow_changed, skip_bad=skip_bad)
 
     return click.Command(
         "train",
@@ -36,6 +43,10 @@ def command(lang: str) -> click.Command:
         params=[
             click.Argument(["data"], nargs=-1),
             click.Option(["--resume"], is_flag=True, help=text("help.resume", lang)),
+            click.Option(["--allow-changed"], is_flag=True, help=text("help.allow_changed", lang)),
+            click.Option(
+                ["--skip-bad"], type=click.IntRange(min=0), default=0, metavar="N", help=text("help.skip_bad", lang)
+            ),
             *config_options(lang),
         ],
     )

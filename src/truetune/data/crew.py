@@ -20,6 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import IO
 
@@ -31,6 +32,9 @@ MIN_HELPED_BYTES = 4 << 20
 MAX_HELPERS = 7
 PIPE_BYTES = 1 << 20
 """Room for a batch, where the system lets us choose: a process that waits for the other one to read does no work."""
+
+PATIENCE_S = 45.0
+"""A helper that takes longer for one batch hangs; what it has is prepared here."""
 
 JOBS_AHEAD = 2
 """Batches that a helper has at a time: one that it works on and one that waits, so that it need not."""
@@ -72,11 +76,18 @@ class Crew:
         """Give a batch to whoever is free; what is returned waits for it to be done."""
         for helper in self._helpers:
             if helper.has_room:
-                answer = helper.send(job)
-                return lambda: answer.result() or self._preparer.run(job)
+                return partial(self._end, helper, helper.send(job), job=job)
         rendered = self._preparer.render(job)
         tokens = self._encoder.submit(self._preparer.renderer.encode, rendered.texts)
         return lambda: self._preparer.finish(rendered, tokens.result())
+
+    def _end(self, helper: _Helper, answer: Future[Done | None], *, job: Job) -> Done:
+        try:
+            done = answer.result(timeout=PATIENCE_S)
+        except TimeoutError:
+            helper.close()
+            done = None
+        return done or self._preparer.run(job)
 
 
 class _Helper:
@@ -116,6 +127,7 @@ class _Helper:
 
     def close(self) -> None:
         """End the process; it holds nothing that would be lost."""
+        self._is_dead = True
         self._process.kill()
         self._listener.shutdown(cancel_futures=True)
         for pipe in (self._to, self._from):

@@ -7,6 +7,9 @@ TEXTS = {
     "help.config": "YAML file of configuration keys; flags win over it.",
     "help.debug": "Show the traceback of an error.",
     "help.resume": "Continue the run in --output-dir from its last good checkpoint.",
+    "help.allow_changed": "Continue although data, keys or libraries are others than when the run began.",
+    "help.skip_bad": "Skip up to N steps whose loss or gradient is not finite, instead of stopping.",
+    "help.exact": "Take K steps again from a checkpoint and compare losses, gradients and weights to the bit.",
     "help.measure": "Load the model, run a few steps, and say how long the run will take and what memory it will need.",
     "help.show": "Print rows, the learned tokens coloured: the first N, the longest, or the refused ones.",
     "help.json": "Write the report as JSON.",
@@ -20,6 +23,7 @@ TEXTS = {
     "command.check": "Show what would be learned, and what not, before any training.",
     "command.chat": "Talk to a run, an adapter or a model (the newest run by default).",
     "command.runs": "List the runs: data, model, steps, losses, state.",
+    "command.verify": "Compare every file of a run with its manifest; with --resume-exact, train steps again.",
     "command.env": "Show versions, devices, and what would be chosen on this machine.",
     "command.demo": "See the whole story: train a small model on the bundled examples, in minutes.",
     # --- configuration keys ---
@@ -65,6 +69,8 @@ TEXTS = {
     "field.eval_steps": "Steps between evaluations, or auto (about 5 % of the time, at most 10).",
     "field.save_steps": "Steps between checkpoints, or auto (about 20 a run).",
     "field.save_total_limit": "Checkpoints kept.",
+    "field.result": "Which checkpoint becomes adapter/: best (held-out loss) or last; auto: best if rows are held out.",
+    "field.early_stopping_patience": "Evaluations without a better held-out loss after which the run ends.",
     "field.report_to": "Trackers: swanlab, tensorboard.",
     "field.tracker_project": "Project name in the tracker.",
     "field.tracker_name": "Experiment name in the tracker (the run's folder name).",
@@ -125,6 +131,22 @@ TEXTS = {
     "train.step": "step {step}/{total}: loss {loss}  grad norm {grad_norm}  {rate} rows/s  {memory} GB  ETA {eta}",
     "train.skipped_checkpoint": "{name} is damaged ({file}) and was passed over.",
     "train.resumed": "Continuing after step {step}.",
+    "train.changed": "  Changed since then: {name}{values}",
+    "train.other_versions": "Other library versions than then: {names}; what follows need not be the same to the bit.",
+    "train.skipped": "step {step}: the loss is {loss}; skipped, the weights are as they were (rows {row_ids})",
+    "train.stopped_early": "Stopped after step {step}: the held-out loss was lowest at step {best_step}.",
+    "train.best": "The adapter is that of step {step}, with the lowest held-out loss ({loss:.4f}).",
+    "train.tracker_failed": "The tracker does not answer ({problem}); training goes on, events.jsonl has all numbers.",
+    "train.log_waits": "The disk is full: lines for {path} wait in memory; training goes on.",
+    "finding.eval_rising": (
+        "step {step}: the held-out loss rises; it was lowest at step {best_step} ({best_loss:.4f}). "
+        "The model begins to memorise: take fewer epochs or a lower learning rate."
+    ),
+    "finding.loss_zero": "step {step}: the loss is exactly 0: nothing is left to learn from these rows.",
+    "finding.loss_flat": (
+        "step {step}: the loss does not fall ({first:.4f} in the first steps, {last:.4f} now). "
+        "The learning rate may be too low or too high, or the answers do not follow from the prompts."
+    ),
     "train.already_done": "The run in {path} is finished; nothing to do.",
     "train.done": "Adapter: {path}",
     "train.chat": "Talk to it: truetune chat {path}",
@@ -136,6 +158,13 @@ TEXTS = {
     "chat.how": "/new starts over, /exit leaves.",
     "chat.stopped": "(stopped)",
     "runs.none": "No runs under {folder}.",
+    "runs.killed": "killed",
+    "verify.good": "good     {name}",
+    "verify.bad": "DAMAGED  {name} ({problem})",
+    "verify.exact": "{steps} steps after step {start} taken again: {count} numbers, all the same to the bit.",
+    "verify.exact_state": (
+        "{steps} steps after step {start} taken again: {count} numbers, all weights and moments, the same to the bit."
+    ),
     "measure.title": "The whole run",
     "measure.time": "about {minutes} min {seconds} s after loading ({step:.2f} s a step)",
     "measure.memory": "about {gigabytes:.1f} GB at the peak",

@@ -7,6 +7,9 @@ TEXTS = {
     "help.config": "配置文件（YAML）；命令行参数优先。",
     "help.debug": "出错时显示完整的调用栈。",
     "help.resume": "从最后一个完好的检查点继续 --output-dir 里的训练。",
+    "help.allow_changed": "即使数据、配置或库与开始时不同，也继续。",
+    "help.skip_bad": "遇到损失或梯度不是有限数的步，最多跳过 N 步，而不停止。",
+    "help.exact": "从一个检查点重新训练 K 步，逐位比较损失、梯度和权重。",
     "help.measure": "加载模型，跑几步，给出整个训练要多久、要多少内存。",
     "help.show": "显示样本，学习的部分着色：前 N 条、最长的（longest）或被拒绝的（refused）。",
     "help.json": "把报告写成 JSON。",
@@ -20,6 +23,7 @@ TEXTS = {
     "command.check": "训练之前，先看会学到什么、不会学到什么。",
     "command.chat": "与一次训练、适配器或模型对话（默认最新的训练）。",
     "command.runs": "列出各次训练：数据、模型、步数、损失、状态。",
+    "command.verify": "把一次训练的每个文件与清单比对；加 --resume-exact 则重新训练几步来比较。",
     "command.env": "显示版本、设备，以及在这台机器上会做的选择。",
     "command.demo": "看完整的过程：用自带样本训练一个小模型，只要几分钟。",
     # --- 配置项 ---
@@ -65,6 +69,8 @@ TEXTS = {
     "field.eval_steps": "每隔几步评估一次，或 auto（约占 5 % 的时间，最多 10 次）。",
     "field.save_steps": "每隔几步存一个检查点，或 auto（每次训练约 20 个）。",
     "field.save_total_limit": "保留几个检查点。",
+    "field.result": "哪个检查点成为 adapter/：best（留出样本损失最低）或 last；auto：有留出样本时为 best。",
+    "field.early_stopping_patience": "留出样本的损失连续这么多次评估没有变好，就结束训练。",
     "field.report_to": "跟踪器：swanlab、tensorboard。",
     "field.tracker_project": "跟踪器里的项目名。",
     "field.tracker_name": "跟踪器里的实验名（默认为训练文件夹名）。",
@@ -122,6 +128,22 @@ TEXTS = {
     "train.step": "第 {step}/{total} 步：损失 {loss}  梯度范数 {grad_norm}  {rate} 条/秒  {memory} GB  剩余 {eta}",
     "train.skipped_checkpoint": "{name} 已损坏（{file}），跳过。",
     "train.resumed": "从第 {step} 步之后继续。",
+    "train.changed": "  与开始时不同：{name}{values}",
+    "train.other_versions": "库的版本与开始时不同：{names}；之后的结果不保证逐位相同。",
+    "train.skipped": "第 {step} 步：损失是 {loss}；跳过这一步，权重没有改动（样本 {row_ids}）",
+    "train.stopped_early": "在第 {step} 步之后停止：留出样本的损失在第 {best_step} 步最低。",
+    "train.best": "适配器取自第 {step} 步，那时留出样本的损失最低（{loss:.4f}）。",
+    "train.tracker_failed": "跟踪器没有响应（{problem}）；训练继续，所有数字都在 events.jsonl 里。",
+    "train.log_waits": "磁盘已满：{path} 的新内容暂存在内存里；训练继续。",
+    "finding.eval_rising": (
+        "第 {step} 步：留出样本的损失在上升；最低是第 {best_step} 步（{best_loss:.4f}）。"
+        "模型开始死记：请减少轮数或调小学习率。"
+    ),
+    "finding.loss_zero": "第 {step} 步：损失恰好是 0：从这些样本里已经学不到什么了。",
+    "finding.loss_flat": (
+        "第 {step} 步：损失没有下降（最初几步 {first:.4f}，现在 {last:.4f}）。"
+        "学习率可能太小或太大，或者回答与提示无关。"
+    ),
     "train.already_done": "{path} 里的训练已经完成，无事可做。",
     "train.done": "适配器：{path}",
     "train.chat": "与它对话：truetune chat {path}",
@@ -133,6 +155,11 @@ TEXTS = {
     "chat.how": "/new 重新开始，/exit 离开。",
     "chat.stopped": "（已停止）",
     "runs.none": "{folder} 下没有训练记录。",
+    "runs.killed": "被终止",
+    "verify.good": "完好  {name}",
+    "verify.bad": "损坏  {name}（{problem}）",
+    "verify.exact": "第 {start} 步之后重新训练 {steps} 步：{count} 个数字，逐位相同。",
+    "verify.exact_state": "第 {start} 步之后重新训练 {steps} 步：{count} 个数字、全部权重和动量，逐位相同。",
     "measure.title": "整个训练",
     "measure.time": "加载之后约 {minutes} 分 {seconds} 秒（每步 {step:.2f} 秒）",
     "measure.memory": "峰值约 {gigabytes:.1f} GB",
