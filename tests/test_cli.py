@@ -57,8 +57,8 @@ def trained(monkeypatch: Patch) -> list[Any]:
     """Collect what `train` is called with, in place of training."""
     calls: list[Any] = []
 
-    def train(settings: Settings, console: Any, *, resume: bool = False) -> None:
-        calls.append((settings, console, resume))
+    def train(settings: Settings, console: Any, *, resume: bool = False, **going: Any) -> None:
+        calls.append((settings, console, resume, going))
 
     replace_train(monkeypatch, train)
     return calls
@@ -202,6 +202,8 @@ VALUES = {
     "eval_steps": "3",
     "save_steps": "3",
     "save_total_limit": "1",
+    "result": "last",
+    "early_stopping_patience": "2",
     "report_to": "tensorboard",
     "tracker_project": "p",
     "tracker_name": "n",
@@ -235,7 +237,7 @@ def test_underscores_are_dashes(trained: list[Any]) -> None:
 
 def test_data_are_positional(trained: list[Any]) -> None:
     assert run(["train", "a.json", "--lora-r", "4", "b, c.json"]) == 0
-    settings, _, resume = trained[0]
+    settings, _, resume, _ = trained[0]
     assert settings.config.data == ["a.json", "b, c.json"]
     assert settings.origins["data"] == "--data"
     assert resume is False
@@ -249,10 +251,35 @@ def test_flags_win_over_the_file(trained: list[Any], write_json: Callable[..., P
     assert settings.origins["seed"] == f"{path}:3"
 
 
+def test_how_to_go_on_is_handed_over(trained: list[Any]) -> None:
+    assert run(["train", "d.json", "--allow-changed", "--skip-bad", "3"]) == 0
+    assert run(["train", "d.json"]) == 0
+    assert [going for *_, going in trained] == [
+        {"allow_changed": True, "skip_bad": 3},
+        {"allow_changed": False, "skip_bad": 0},
+    ]
+    assert run(["train", "d.json", "--skip-bad", "-1"]) == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_memory_that_runs_out_is_a_fault_of_the_machine(
+    error: Exception, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_train(monkeypatch, raising(error))
+    assert run(["train", "d.json"]) == 3
+    assert capsys.readouterr().err.startswith("truetune train: memory ran out")
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch: Patch) -> None:
+    replace_train(monkeypatch, raising(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(["train", "d.json"])
+
+
 def test_resume_takes_the_values_of_the_run(trained: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: [f.json]\nlora_r: 8\n", encoding="utf-8")
     assert run(["train", "--resume", "--output-dir", str(tmp_path)]) == 0
-    settings, _, resume = trained[0]
+    settings, _, resume, _ = trained[0]
     assert (settings.config.data, settings.config.lora_r, resume) == (["f.json"], 8, True)
     assert run(["train", "--resume", "--output-dir", str(tmp_path / "new")]) == 0
     assert trained[1][0].config.lora_r == 16
@@ -326,7 +353,7 @@ def test_the_language_of_the_file_is_used_to_train(trained: list[Any], write_jso
     path = write_json("lang: zh\n", "c.yaml")
     assert run(["train", "d.json", "--config", str(path)]) == 0
     assert run(["train", "d.json"]) == 0
-    assert [console.lang for _, console, _ in trained] == ["zh", "en"]
+    assert [console.lang for _, console, *_ in trained] == ["zh", "en"]
 
 
 # --- exit codes ---

@@ -211,6 +211,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("eval_steps", "often"),
     ("save_steps", -1),
     ("save_total_limit", 0),
+    ("result", "newest"),
+    ("early_stopping_patience", 0),
     ("report_to", "wandb"),
     ("report_to", ["swanlab", "mlflow"]),
     ("hub", "github"),
@@ -239,7 +241,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 56
+    assert len(BAD_VALUES) == 58
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

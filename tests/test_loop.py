@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,29 +98,54 @@ def test_every_adapter_weight_moves_and_no_other(tiny_qwen: Path) -> None:
     assert len(moved) == 2 * 2 * 7
 
 
-def poison(loop: Loop, rows: Sequence[Row]) -> list[Any]:
-    """Run a loop whose second backward makes a gradient NaN."""
-    calls = itertools.count(1)
-
-    def backward(loss: torch.Tensor) -> None:
-        loss.backward()
-        if next(calls) == 2:
-            next(p for p in loop.engine.model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
-
-    loop.backward = backward
-    return list(loop.run(rows))
-
-
 def test_nan_stops_before_the_optimizer_moves(tiny_qwen: Path) -> None:
     """The error names step and rows; the weights are those of the step before."""
     good, bad = make_loop(tiny_qwen, num_steps=1), make_loop(tiny_qwen)
     list(good.run(ROWS))
     with pytest.raises(NumericsError) as caught:
-        poison(bad, ROWS)
+        list(poison_steps(bad, {2}))
     assert caught.value.exit_code == 4
     assert caught.value.where == "step 2"
     assert "data.json:" in caught.value.values["rows"]
     assert all(torch.equal(tensor, adapter_of(bad)[name]) for name, tensor in adapter_of(good).items())
+
+
+def test_bad_steps_may_be_skipped(tiny_qwen: Path) -> None:
+    """Weights and moments are as before it, the learning rate goes on, and the rows are told; one more is too many."""
+    loop = make_loop(tiny_qwen)
+    loop.scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1 / (1 + step))
+    loop.plan = replace(loop.plan, max_skipped=1)
+    kinds, weights = [], []
+    for event in poison_steps(loop, {2}):
+        kinds.append((event["kind"], event["step"]))
+        weights.append(adapter_of(loop))
+        if event["kind"] == "skipped":
+            assert (len(event["row_ids"]), event["grad_norm"]) == (4, "nan")
+        if event["kind"] == "step":
+            assert event["learning_rate"] == 1e-2 / event["step"]
+    assert kinds == [("step", 1), ("skipped", 2), ("step", 3)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert not all(torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
+    assert all(torch.isfinite(tensor).all() for tensor in weights[2].values())
+    again = make_loop(tiny_qwen)
+    again.plan = replace(again.plan, max_skipped=1)
+    with pytest.raises(NumericsError) as caught:
+        list(poison_steps(again, {1, 3}))
+    assert caught.value.where == "step 3"
+    assert again.num_skipped == 1
+
+
+def poison_steps(loop: Loop, steps: set[int]) -> Iterator[Any]:
+    """Run a loop with NaN in the gradients of some steps."""
+    calls = itertools.count(1)
+
+    def backward(loss: torch.Tensor) -> None:
+        loss.backward()
+        if next(calls) in steps:
+            next(p for p in loop.engine.model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+
+    loop.backward = backward
+    return loop.run(ROWS)
 
 
 def test_held_out_loss_that_is_not_finite_stops(tiny_qwen: Path) -> None:
@@ -139,24 +165,46 @@ def test_stop_comes_after_evaluation_and_save(tiny_qwen: Path) -> None:
     assert saved == [2]
 
 
-def out_of_memory_once(loop: Loop, at: int) -> None:
-    """Let the `at`-th backward fail as a GPU does."""
+def test_a_signal_while_saving_is_heard_after_it(tiny_qwen: Path) -> None:
+    """The save is done once, and no further step is taken (F5)."""
+    saved: list[int] = []
+    loop = make_loop(tiny_qwen)
+    events = list(loop.run(ROWS, save=saved.append, should_stop=lambda: bool(saved)))
+    assert [event["step"] for event in events] == [1, 2]
+    assert saved == [2]
+
+
+def test_saves_where_it_is_worth_it(tiny_qwen: Path) -> None:
+    saved: list[int] = []
+    list(make_loop(tiny_qwen).run(ROWS, save=saved.append, should_save=lambda: not saved))
+    assert saved == [1, 2, 3]
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    MemoryError(),
+)
+
+
+def out_of_memory_once(loop: Loop, at: int, error: Exception) -> None:
+    """Let the `at`-th backward fail as a GPU does, or a system whose memory is limited."""
     calls = itertools.count(1)
 
     def backward(loss: torch.Tensor) -> None:
         if next(calls) == at:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         loss.backward()
 
     loop.backward = backward
 
 
-@pytest.mark.parametrize("at", [1, 2, 4])
-def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, tiny_qwen: Path) -> None:
+@pytest.mark.parametrize(("at", "error"), [*zip([1, 2, 4], OUT_OF_MEMORY, strict=True)])
+def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, error: Exception, tiny_qwen: Path) -> None:
     """Whether the first forward of a step fails or a later one: the same step, with an event, and none after it."""
     whole, halved = make_loop(tiny_qwen, max_tokens=12), make_loop(tiny_qwen, max_tokens=12)
     wanted = list(whole.run(ROWS))
-    out_of_memory_once(halved, at)
+    out_of_memory_once(halved, at, error)
     events = list(halved.run(ROWS))
     notices = [event for event in events if event["kind"] == "memory"]
     assert len(notices) == 1

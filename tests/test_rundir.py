@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from truetune.disk import staged, to_json, write_atomic
 from truetune.errors import UserError
-from truetune.rundir import Run, RunDir, list_runs, next_run_path, open_output, outcome, to_json, write_atomic
+from truetune.rundir import Run, RunDir, list_runs, next_run_path, open_output, outcome
 
 
 @pytest.fixture
@@ -245,3 +246,40 @@ def test_which_output_folders_are_taken(prepare: object, resume: bool, key: str 
 
 def test_the_table_of_outputs_is_whole() -> None:
     assert len({(prepare, resume) for prepare, resume, _ in OUTPUTS}) == 10
+
+
+def test_outcome_is_that_of_the_adapter(run: RunDir) -> None:
+    """Where an earlier step became the result, its held-out loss is what training achieved."""
+    for step, loss in ((0, 3.0), (4, 1.0), (8, 2.0)):
+        run.append({"kind": "eval", "step": step, "eval_loss": loss})
+    assert outcome(run).eval_loss_after == 2.0
+    with staged(run.adapter, step=4):
+        pass
+    assert (outcome(run).eval_loss_before, outcome(run).eval_loss_after) == (3.0, 1.0)
+
+
+def test_lines_that_a_full_disk_does_not_take_wait(run: RunDir) -> None:
+    """Nothing is half written meanwhile; with room again all are there, in order."""
+    import resource
+
+    run.append({"kind": "step", "step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = run.events.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, before[1]))
+    try:
+        run.append({"kind": "step", "step": 2})
+        run.append({"kind": "step", "step": 3})
+        assert run.has_waiting_lines
+        assert run.events.stat().st_size == size
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run.append({"kind": "step", "step": 4})
+    assert not run.has_waiting_lines
+    assert [event["step"] for event in run.read_events()] == [1, 2, 3, 4]
+
+
+def test_syncing_writes_what_waits(run: RunDir) -> None:
+    run._waiting[run.events] = b'{"kind": "step", "step": 1}\n'
+    run.sync_lines()
+    assert [event["step"] for event in run.read_events()] == [1]
+    assert not run.has_waiting_lines

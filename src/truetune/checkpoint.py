@@ -67,6 +67,11 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def machine() -> dict[str, str]:
+    """Return what else decides the last bits: sums are split among threads, and kernels made for a processor."""
+    return {"threads": str(torch.get_num_threads()), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
 def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
     """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
     with _as_os_errors():
@@ -87,7 +92,8 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
     target = folder / f"checkpoint-{step:06d}"
     _require_finite(state, step)
     require_space(folder, state.num_bytes)
-    with staged(target, step=step, identity=dict(state.identity), versions=versions()) as staging:
+    facts = {"identity": dict(state.identity), "versions": versions(), "machine": machine()}
+    with staged(target, step=step, **facts) as staging:
         save_adapter(state.model, staging, base=state.base)
         write_extra(staging)
         with _as_os_errors():
@@ -173,9 +179,10 @@ def differences(folder: Path, identity: Mapping[str, str]) -> dict[str, tuple[st
 
 
 def other_versions(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return {package: (then, now)} for every library that is another version now."""
-    saved, now = read_manifest(folder)["versions"], versions()
-    return {name: (saved.get(name, "-"), now[name]) for name in PACKAGES if saved.get(name) != now[name]}
+    """Return {name: (then, now)} for every library that is another version now, and what differs of the machine."""
+    manifest = read_manifest(folder)
+    saved, now = manifest["versions"] | manifest["machine"], versions() | machine()
+    return {name: (saved.get(name, "-"), value) for name, value in now.items() if saved.get(name) != value}
 
 
 def check_identity(folder: Path, identity: Mapping[str, str], *, allow_changed: bool = False) -> dict[str, str]:

@@ -139,7 +139,9 @@ class Settings:
 
     def with_chosen(self, **chosen: Any) -> Settings:
         """Return the settings with values that the program chose in place of "auto"."""
-        return Settings(self.config.model_copy(update=chosen), {**self.origins, **dict.fromkeys(chosen, "auto")})
+        asked = [name for name in chosen if getattr(self.config, name) != "auto"]
+        origins = {**self.origins, **dict.fromkeys(chosen, "auto"), **{name: self.origins[name] for name in asked}}
+        return Settings(self.config.model_copy(update=chosen), origins)
 
 
 class _Loader(yaml.SafeLoader):

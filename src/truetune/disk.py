@@ -91,11 +91,16 @@ def remove(folder: Path, *, then: Callable[[], Any] = lambda: None) -> None:
     shutil.rmtree(trash)
 
 
+def is_leftover(path: Path) -> bool:
+    """Return whether a process that died left this: half-written, half-removed."""
+    is_file = path.name.startswith(".") and path.suffix == ".tmp"
+    return is_file or path.name.startswith((STAGING, TRASH))
+
+
 def sweep(folder: Path) -> None:
-    """Remove what a process that died left in `folder`: half-written, half-removed."""
-    for prefix in (STAGING, TRASH):
-        for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path)
+    """Remove what a process that died left in `folder`, which must not be written by another one."""
+    for path in filter(is_leftover, folder.glob(".*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

@@ -37,15 +37,24 @@ class RunLock:
                 break
             # Its owner removed the file between our opening and our locking it.
             os.close(self._descriptor)
+        try:
+            self._sign()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        return self
+
+    def _sign(self) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, to_json(owner).encode(), 0)
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        try:
+            self._path.unlink(missing_ok=True)
+        finally:
+            os.close(self._descriptor)
 
 
 def owner_of(folder: Path) -> dict[str, Any] | None:

@@ -24,9 +24,9 @@ from truetune.rundir import RunDir
 def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
     """Make the run's folder: configuration, data, and what runs."""
     prepared = flight.prepared
-    run.create()
-    # First of all files: a folder with run.json can be resumed, whatever else a kill prevents.
+    # First of all: a folder with run.json can be resumed, whatever else a kill prevents.
     run.write_info(**_info(run, settings, flight))
+    run.create()
     run.append({"kind": "state", "state": "running", "time": _now()})
     write_atomic(run.config, dump(settings.config))
     if damage(run.data) is None and read_manifest(run.data)["data"] == prepared.data_hash:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.disk import FULL, to_json, write_atomic
+from truetune.disk import FULL, is_leftover, read_manifest, to_json, write_atomic
 from truetune.errors import UserError
 from truetune.lock import FILE as LOCK_FILE
 
@@ -141,9 +141,18 @@ def outcome(run: RunDir) -> Run:
     """Return what the events of a run say about it."""
     events = list(run.read_events())
     steps = [event for event in events if event["kind"] == "step"]
-    losses = [event["eval_loss"] for event in events if event["kind"] == "eval"]
-    before, after = (losses[0], losses[-1]) if losses else (None, None)
+    losses = {event["step"]: event["eval_loss"] for event in events if event["kind"] == "eval"}
+    before = next(iter(losses.values()), None)
+    after = losses.get(_adapter_step(run), next(reversed(losses.values()), None))
     return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
+
+
+def _adapter_step(run: RunDir) -> int | None:
+    """Return the step whose weights are the result; None if there is none yet."""
+    try:
+        return int(read_manifest(run.adapter)["step"])
+    except (OSError, ValueError):
+        return None
 
 
 def next_run_path(data: str, model: str, *, root: Path = Path("runs")) -> Path:
@@ -161,7 +170,7 @@ def list_runs(root: Path) -> list[RunDir]:
 
 
 def open_output(path: Path, *, resume: bool) -> RunDir:
-    """Return the folder of a new run, or of the run to resume.
+    """Return the folder of a new run, or of the run to resume; one that was killed before its first file is both.
 
     Raises: UserError if the folder holds another run or other files, or if there is nothing to resume.
     """
@@ -170,12 +179,14 @@ def open_output(path: Path, *, resume: bool) -> RunDir:
         raise UserError("output_below_file", where=str(path), fix="output_other")
     if path.exists() and not path.is_dir():
         raise UserError("output_is_file", where=str(path), fix="output_other")
-    if resume:
-        if not run.is_run:
-            raise UserError("output_no_run", where=str(path), fix="output_no_run")
-        return run
     if run.is_run:
-        raise UserError("output_has_run", where=str(path), fix="output_resume_or_other")
-    if path.is_dir() and any(some.name != LOCK_FILE for some in path.iterdir()):
+        if not resume:
+            raise UserError("output_has_run", where=str(path), fix="output_resume_or_other")
+        return run
+    found = list(path.iterdir()) if path.is_dir() else []
+    is_begun = bool(found) and all(some.name == LOCK_FILE or is_leftover(some) for some in found)
+    if resume and not is_begun:
+        raise UserError("output_no_run", where=str(path), fix="output_no_run")
+    if found and not is_begun:
         raise UserError("output_not_empty", where=str(path), fix="output_other")
     return run

@@ -107,7 +107,8 @@ def _check_same(path: Path, assembly: Assembly, console: Console, *, allow_chang
         console.say("train.changed", name=name, values=values)
     others = checkpoint.other_versions(path)
     names = ", ".join(f"{name} ({then} → {now})" for name, (then, now) in others.items())
-    is_major = any(then.split(".")[0] != now.split(".")[0] for then, now in others.values())
+    libraries = [others[name] for name in checkpoint.PACKAGES if name in others]
+    is_major = any(then.split(".")[0] != now.split(".")[0] for then, now in libraries)
     if is_major and not allow_changed:
         raise UserError("resume_versions", where=str(path), fix="resume_versions", names=names)
     if others:

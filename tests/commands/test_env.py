@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from truetune.checkpoint import PACKAGES
 from truetune.cli import run
 from truetune.engine.families import FAMILIES
 from truetune.model import choose_dtype
-from truetune.checkpoint import PACKAGES
 
 Capture = pytest.CaptureFixture[str]
 

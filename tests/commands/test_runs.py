@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from truetune.cli import run
+from truetune.lock import RunLock
 from truetune.rundir import RunDir
 
 Capture = pytest.CaptureFixture[str]
@@ -60,7 +61,11 @@ def test_another_folder(tmp_path: Path, capsys: Capture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith(f"{tmp_path / 'elsewhere' / 'one'}  ")
-    assert lines[1].endswith("running") or lines[1].rstrip().endswith("running")
+    # Nobody writes into it: it was killed.
+    assert lines[1].rstrip().endswith("killed")
+    with RunLock(tmp_path / "elsewhere" / "one"):
+        assert run(["runs", str(tmp_path / "elsewhere")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith("running")
 
 
 def test_a_folder_that_does_not_exist(capsys: Capture) -> None:

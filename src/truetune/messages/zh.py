@@ -129,7 +129,7 @@ TEXTS = {
     "train.skipped_checkpoint": "{name} 已损坏（{file}），跳过。",
     "train.resumed": "从第 {step} 步之后继续。",
     "train.changed": "  与开始时不同：{name}{values}",
-    "train.other_versions": "库的版本与开始时不同：{names}；之后的结果不保证逐位相同。",
+    "train.other_versions": "库或机器与开始时不同：{names}；之后的结果不保证逐位相同。",
     "train.skipped": "第 {step} 步：损失是 {loss}；跳过这一步，权重没有改动（样本 {row_ids}）",
     "train.stopped_early": "在第 {step} 步之后停止：留出样本的损失在第 {best_step} 步最低。",
     "train.best": "适配器取自第 {step} 步，那时留出样本的损失最低（{loss:.4f}）。",
