@@ -55,11 +55,19 @@ class Layer:
         if self.fault == "read-only":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), place)
 
+    def done(self, name: str, path: Any, *rest: Any) -> None:
+        """Hear of an operation that was done."""
+        place = _place(path)
+        if place.startswith(self.root):
+            self.after(name, place.removeprefix(self.root), rest)
+
+    def after(self, name: str, path: str, rest: tuple[Any, ...]) -> None:
+        """For those who want to know more of it."""
+
 
 def _place(path: Any) -> str:
     """The path of a name, an open file or a descriptor."""
-    number = path if isinstance(path, int) else None
-    return os.readlink(f"/proc/self/fd/{number}") if number is not None else os.path.abspath(os.fspath(path))
+    return str(Path(f"/proc/self/fd/{path}").readlink() if isinstance(path, int) else Path(path).absolute())
 
 
 class _File(io.FileIO):
@@ -69,7 +77,9 @@ class _File(io.FileIO):
 
     def write(self, content: Any) -> int:
         self.layer.before("write", self.fileno())
-        return super().write(content)
+        done = super().write(content)
+        self.layer.done("write", self.fileno(), content)
+        return done
 
 
 @contextmanager
@@ -95,7 +105,10 @@ def _counted(layer: Layer, name: str, real: Callable[..., Any]) -> Callable[...,
     def operation(path: Any, *rest: Any, **options: Any) -> Any:
         # A rename is where it ends, a copy where it writes: that is its first argument.
         layer.before(name, path)
-        return real(path, *rest, **options)
+        place = _place(path)
+        result = real(path, *rest, **options)
+        layer.done(name, place, *rest)
+        return result
 
     return operation
 
@@ -108,6 +121,7 @@ def _opened(layer: Layer, real: Callable[..., Any]) -> Callable[..., Any]:
         layer.before("create", path)
         file = _File(path, mode.replace("b", "").replace("t", ""))
         file.layer = layer
+        layer.done("create", path)
         if "b" in mode:
             return file
         return io.TextIOWrapper(file, encoding=options.get("encoding") or "utf-8", newline="", write_through=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from hurt import assert_same, orphans, words
 from layer import Killed, Layer, faults
+
 from truetune import checkpoint
 from truetune.cli import run
 
