@@ -111,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}
 
 # The command line, and other people's services: whatever they raise, hours of training are worth more.
-MAY_CATCH_ALL = {"cli.py", "lock.py", "trackers.py"}
+MAY_CATCH_ALL = {"cli.py", "disk.py", "lock.py", "trackers.py"}
 
 # A fact and the only files that may hold it.
 HOMES = {

@@ -15,14 +15,12 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json, write_atomic
@@ -74,9 +72,8 @@ def machine() -> dict[str, str]:
 
 def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
     """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
-    with _as_os_errors():
-        # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+    # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -96,8 +93,7 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
     with staged(target, step=step, **facts) as staging:
         save_adapter(state.model, staging, base=state.base)
         write_extra(staging)
-        with _as_os_errors():
-            save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
+        save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
         values = {"step": step, "scheduler": state.scheduler.state_dict()}
         (staging / TRAINER_STATE).write_text(to_json(values), encoding="utf-8")
     return target
@@ -258,15 +254,3 @@ def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Te
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     return state
-
-
-@contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """A full disk is an OSError, whoever finds it: safetensors writes in Rust and has an exception of its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

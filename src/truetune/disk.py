@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,13 +65,24 @@ def staged(target: Path, **facts: Any) -> Iterator[Path]:
         yield staging
         seal(staging, **facts)
         _put(staging, target)
-    except OSError as error:
-        if error.errno in FULL:
+    except Exception as error:
+        number = _errno(error)
+        if number in FULL:
             raise _disk_full(target, num_bytes=_size(staging)) from error
-        raise
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from error
     finally:
         with suppress(OSError):
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _errno(error: Exception) -> int | None:
+    """Return the system's number of a fault; safetensors and tokenizers, in Rust, tell it only in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _put(staging: Path, target: Path) -> None:

@@ -184,7 +184,7 @@ def model_without_weights(place: Place) -> tuple[list[str], str]:
 
 def model_without_tokenizer(place: Place) -> tuple[list[str], str]:
     place.write("model/config.json", (place.model / "config.json").read_bytes())
-    place.write("model/model.safetensors", (place.model / "model.safetensors").read_bytes()[:1000])
+    place.write("model/model.safetensors", (place.model / "model.safetensors").read_bytes())
     path = str(place.files / "model")
     return place.words(None, path), path
 

@@ -17,7 +17,7 @@ from truetune.cli import run
 
 pytestmark = pytest.mark.slow
 
-SAMPLE = 23
+SAMPLE = 41
 PARTS = 8
 """Into which all operations are divided, so that they run side by side."""
 

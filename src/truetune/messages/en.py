@@ -132,7 +132,7 @@ TEXTS = {
     "train.skipped_checkpoint": "{name} is damaged ({file}) and was passed over.",
     "train.resumed": "Continuing after step {step}.",
     "train.changed": "  Changed since then: {name}{values}",
-    "train.other_versions": "Other libraries or another machine: {names}; what follows need not be the same to the bit.",
+    "train.other_versions": "Other libraries or another machine: {names}; what follows may differ in the last bits.",
     "train.skipped": "step {step}: the loss is {loss}; skipped, the weights are as they were (rows {row_ids})",
     "train.stopped_early": "Stopped after step {step}: the held-out loss was lowest at step {best_step}.",
     "train.best": "The adapter is that of step {step}, with the lowest held-out loss ({loss:.4f}).",

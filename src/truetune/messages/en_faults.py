@@ -176,6 +176,8 @@ TEXTS = {
     "error.model_no_tokenizer": "the folder has no tokenizer",
     "fix.model_no_tokenizer": "Copy tokenizer.json and tokenizer_config.json of the model into it.",
     "error.model_broken": "the weights cannot be loaded: {problem}",
+    "error.model_file_damaged": "the file is damaged or cut",
+    "error.model_shard_missing": "the file {name}, which holds a part of the weights, is not in this folder",
     "error.model_missing_weights": "{n} weights are missing, the first is {name}",
     "fix.model_broken": "Download the model again; a file may be cut, or config.json belongs to another model.",
     "error.hub_offline": "not in the cache, and {endpoint} cannot be reached",

@@ -176,6 +176,8 @@ TEXTS = {
     "error.model_no_tokenizer": "文件夹里没有分词器",
     "fix.model_no_tokenizer": "把模型的 tokenizer.json 和 tokenizer_config.json 复制进去。",
     "error.model_broken": "权重无法加载：{problem}",
+    "error.model_file_damaged": "文件已损坏或被截断",
+    "error.model_shard_missing": "存放部分权重的文件 {name} 不在这个文件夹里",
     "error.model_missing_weights": "缺少 {n} 个权重，第一个是 {name}",
     "fix.model_broken": "重新下载模型；可能有文件不完整，或 config.json 属于别的模型。",
     "error.hub_offline": "缓存里没有，而 {endpoint} 连不上",
