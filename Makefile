@@ -4,15 +4,18 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data install install-dev docs clean
+.PHONY: demo test test-faults check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
 	$(BIN)/truetune demo
 
 test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
-	$(BIN)/python -m pytest -n 2 -m "slow and not real"
+	$(BIN)/python -m pytest -n 2 -m "slow and not real and not faults"
 	$(BIN)/python -m pytest -m real
+
+test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
+	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
 
 check: lint fast ## format, lint, types, architecture, generated docs, fast tests
 

@@ -67,7 +67,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.compare": {"records", "engine.attention", "engine.fused", "engine.step", "engine.trie"},
     "engine.memory": {"errors", "records", "engine.step"},
     "hub": {"errors"},
-    "model": {"errors", "config", "hub", "engine.*"},
+    "weights": {"errors"},
+    "model": {"errors", "config", "hub", "weights", "engine.*"},
     "checkpoint": {"disk", "errors"},
     "watch": set(),
     "loop": {"errors", "records", "engine.*"},
@@ -75,10 +76,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"records", "engine.*", "generate"},
     "identity": {"disk", "errors", "records", "data.template"},
     "trackers": {"errors", "config"},
-    "preflight": {"errors", "config", "console", "messages", "records", "model", "data.*"},
+    "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
     "page": {"config", "disk", "messages", "preflight"},
     "assembly": {
-        *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight")
+        *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight"),
+        "weights",
     },
     "measure": {"assembly", "engine.*", "evaluate", "loop", "records"},
     "output": {"errors", "config", "disk", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},

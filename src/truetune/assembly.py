@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -25,6 +26,7 @@ from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
 from truetune.preflight import Preflight
 from truetune.records import Row, pairs_of
+from truetune.weights import require_memory
 
 SAVES_PER_RUN = 20
 MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
@@ -73,6 +75,9 @@ def assemble(
     if accelerator.num_processes > 1:
         raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
     dtype, reason = choose_dtype(config.dtype)
+    require_memory(
+        flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=psutil.virtual_memory().available
+    )
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
         model = accelerator.prepare(_load(flight.base, config, dtype))
     settings = settings.with_chosen(dtype=dtype)

@@ -17,6 +17,7 @@ from typing import Any
 from truetune.config import cache_dir
 from truetune.errors import MachineError, UserError
 from truetune.hub import fetch
+from truetune.weights import check_files
 
 PROBE_BYTES = 1 << 16
 """Bytes read at each of 64 places of a weight file for the base's fingerprint."""
@@ -76,37 +77,7 @@ def _check_folder(name: str, folder: Path) -> None:
         if pickled:
             raise UserError("model_pickle", where=name, fix="model_pickle", file=pickled[0])
         raise UserError("model_no_weights", where=name, fix="model_no_weights")
-    _check_index(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        if not _is_whole(path):
-            raise UserError("model_file_damaged", where=str(path), fix="model_broken")
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse an index that names files which are not there, or not in this folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, AttributeError, TypeError):
-        raise UserError("model_file_damaged", where=str(index), fix="model_broken") from None
-    for name in sorted(names):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError("model_shard_missing", where=str(index), fix="model_broken", name=name)
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a .safetensors file is as long as its header says: 8 bytes of length, the header, the tensors."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size - 8 - length
-            tensors = json.loads(file.read(length)) if size >= 0 else {}
-        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
-        return max(ends, default=-1) == size
-    except (ValueError, LookupError, AttributeError, TypeError):
-        return False
+    check_files(folder)
 
 
 def hash_file(path: Path) -> str:

@@ -13,6 +13,7 @@ from truetune.errors import UserError
 from truetune.messages import text
 from truetune.model import Base, eos_ids, find_base, load_tokenizer, prepare_base
 from truetune.records import Report
+from truetune.weights import num_embeddings
 
 MAX_REFUSED_SHOWN = 10
 
@@ -50,7 +51,18 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
         )
     with console.counting("status.rows") as count:
         prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
+    _check_ids(base, prepared)
     return Preflight(base, renderer, prepared)
+
+
+def _check_ids(base: Base, prepared: Prepared) -> None:
+    """Refuse token ids that the model has no embedding for: a tokenizer that was extended, and a model that was not.
+
+    Raises: UserError with both numbers.
+    """
+    num_rows, highest = num_embeddings(base.folder), prepared.train.highest_id()
+    if num_rows is not None and highest >= num_rows:
+        raise UserError("tokenizer_too_large", where=base.title, fix="tokenizer_too_large", id=highest, rows=num_rows)
 
 
 def report_lines(report: Report, lang: str) -> list[tuple[str, str]]:

@@ -111,6 +111,18 @@ def test_dead_helper(hurt: Callable[..., None], renderer: Renderer, monkeypatch:
         assert all(helper._is_dead for helper in crew._helpers)
 
 
+def test_helper_that_hangs(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for some time, ended, and what it had is prepared here (F16)."""
+    monkeypatch.setattr(crew_module, "PATIENCE_S", 0.3)
+    preparer = Preparer(Config(max_length=60), renderer)
+    with Crew(preparer, num_bytes=1 << 30) as crew:
+        _wait_for_start(crew)
+        for helper in crew._helpers:
+            os.kill(helper._process.pid, signal.SIGSTOP)
+        assert _told(list(crew.prepare(_jobs()))) == _told([preparer.run(job) for job in _jobs()])
+        assert all(helper._is_dead and helper._process.returncode is not None for helper in crew._helpers)
+
+
 @pytest.mark.parametrize("executable", ["/bin/false", "/no/python"])
 def test_no_helper_can_start(executable: str, renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     preparer = Preparer(Config(max_length=60), renderer)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import IO
@@ -84,7 +84,7 @@ class Crew:
     def _end(self, helper: _Helper, answer: Future[Done | None], *, job: Job) -> Done:
         try:
             done = answer.result(timeout=PATIENCE_S)
-        except TimeoutError:
+        except (TimeoutError, CancelledError):
             helper.close()
             done = None
         return done or self._preparer.run(job)

@@ -84,15 +84,17 @@ def render_simple(chat_template: str, chats: Sequence[list[Message]], *, given: 
 
     `given` is all else that the template sees.
     """
-    template = _compiled(chat_template)
+    template = compiled(chat_template)
     return [template.render(messages=chat, tools=None, documents=None, **given) for chat in chats]
 
 
 @lru_cache(maxsize=8)
-def _compiled(chat_template: str) -> Any:
+def compiled(chat_template: str) -> Any:
     """Return the template in transformers' own sandbox, where a key of a message is found faster.
 
     For `message.role` Jinja asks the dict for an attribute first, and the fault this raises costs more than the rest.
+
+    Raises: TemplateError if it is no template.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 

@@ -272,6 +272,10 @@ class StoredRows(Sequence[Row]):
         found: np.ndarray = self._file.column(name)[self._file.starts[self.numbers]]
         return found
 
+    def highest_id(self) -> int:
+        """Return the highest token id of the file, -1 if it has none."""
+        return max((int(part[1].max(initial=-1)) for batch in self._file.batches for part in batch.ids), default=-1)
+
     def sequences(self) -> Iterator[tuple[int, ...]]:
         """Yield the ids of each learned pair, prompt and answer in one."""
         return map(self._file.sequence, self._learned_records().tolist())

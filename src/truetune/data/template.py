@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.data.encode import MARKERS, Encoded, Encoder
-from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, freeze_clock, is_simple, limited, render_simple
+from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, compiled, freeze_clock, is_simple, limited, render_simple
 from truetune.data.turns import is_target
 from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Message, Pair, first_difference
@@ -375,5 +375,9 @@ def build_renderer(
         raise UserError("template_no_stop", where=name, fix="template_no_stop")
     today = datetime.date.fromisoformat(date) if date else datetime.date.today()
     frozen = freeze_clock(chat_template, today)
+    try:
+        compiled(frozen)
+    except TEMPLATE_ERRORS as error:
+        raise UserError("template_broken", where=name, fix="template_broken", problem=error) from None
     frozen_at = today.isoformat() if frozen != chat_template else None
     return Renderer(tokenizer, frozen, tuple(stop_ids), system, template_kwargs or {}, frozen_at)

@@ -1,0 +1,45 @@
+"""Headers of weight files say what loading them says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from truetune.errors import MachineError, UserError
+from truetune.weights import check_files, count_parameters, num_embeddings, require_memory
+
+
+def test_headers_say_what_is_loaded(tiny_qwen: Path) -> None:
+    weights = load_file(tiny_qwen / "model.safetensors")
+    check_files(tiny_qwen)
+    assert count_parameters(tiny_qwen) == sum(tensor.numel() for tensor in weights.values())
+    assert num_embeddings(tiny_qwen) == len(weights["model.embed_tokens.weight"])
+
+
+def test_embeddings_of_another_name(tmp_path: Path) -> None:
+    save_file({"layers.0.weight": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
+    assert num_embeddings(tmp_path) is None
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1, 1])
+def test_a_file_of_another_length_is_damaged(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(30)}, path)
+    check_files(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content + b"x" if length == 1 else content[:length])
+    with pytest.raises(UserError) as caught:
+        check_files(tmp_path)
+    assert (caught.value.key, caught.value.where) == ("model_file_damaged", str(path))
+
+
+def test_memory_is_compared_with_the_weights(tiny_qwen: Path) -> None:
+    needed = 4 * count_parameters(tiny_qwen)
+    require_memory(tiny_qwen, name="m", dtype="float32", free_bytes=needed)
+    require_memory(tiny_qwen, name="m", dtype="bfloat16", free_bytes=needed // 2)
+    with pytest.raises(MachineError) as caught:
+        require_memory(tiny_qwen, name="m", dtype="float32", free_bytes=needed - 1)
+    assert caught.value.values["needed"] == needed / 1e9
