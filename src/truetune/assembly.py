@@ -86,6 +86,7 @@ def assemble(
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
+    console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, held_out, events)
@@ -184,6 +185,14 @@ def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.opt
         num_training_steps=num_steps,
     )
     return optimizer, scheduler
+
+
+def _rates(scheduler: Any, num_steps: int) -> dict[str, Any]:
+    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step."""
+    (base,), (factor,) = scheduler.base_lrs, scheduler.lr_lambdas
+    rates = [base * factor(step) for step in range(num_steps)]
+    highest = max(rates)
+    return {"first": rates[0], "highest": highest, "at": rates.index(highest) + 1, "last": rates[-1]}
 
 
 def _plan(config: Config, flight: Preflight) -> Plan:

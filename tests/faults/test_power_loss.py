@@ -117,7 +117,6 @@ def _build(tree: Tree, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_good_checkpoint_is_always_there(tiny_qwen: Path, tmp_path: Path) -> None:
     """Before the save ends the one before it at least, afterwards the new one, whatever was still in a cache."""
     state = make_state(tiny_qwen, steps=1)
@@ -156,7 +155,6 @@ class Forgetful(Recorder):
             super().after(name, path, rest)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("forgotten", ["files", "folders"])
 def test_it_would_be_seen(forgotten: str, tiny_qwen: Path, tmp_path: Path) -> None:
     """Without the syncs a save is not durable, and the test above would say so."""

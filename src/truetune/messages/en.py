@@ -123,6 +123,7 @@ TEXTS = {
     "train.engine_differs": "it gives another result than the model's own code",
     "train.memory": "Forwards of up to {tokens:,} tokens; about {gigabytes:.1f} GB at the peak",
     "train.parameters": "Training {trainable:,} of {total:,} parameters ({share:.2%})",
+    "train.rates": "Learning rate: {first:.1e} at step 1, highest {highest:.1e} at step {at}, {last:.1e} at the last",
     "train.choice": "  {name}: {value}  ({origin})",
     "train.fewer_held_out": "The run is short: {used} of {total} held-out rows are evaluated.",
     "train.eval": "step {step}: held-out loss {loss}",

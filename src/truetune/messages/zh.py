@@ -120,6 +120,7 @@ TEXTS = {
     "train.engine_differs": "结果与模型自己的代码不一致",
     "train.memory": "每次前向最多 {tokens:,} 个 token；内存峰值约 {gigabytes:.1f} GB",
     "train.parameters": "训练 {total:,} 个参数中的 {trainable:,} 个（{share:.2%}）",
+    "train.rates": "学习率：第 1 步 {first:.1e}，最高 {highest:.1e}（第 {at} 步），最后一步 {last:.1e}",
     "train.choice": "  {name}: {value}  （{origin}）",
     "train.fewer_held_out": "这次训练很短：{total} 条留出样本中评估 {used} 条。",
     "train.eval": "第 {step} 步：留出样本的损失 {loss}",
