@@ -79,7 +79,7 @@ def test_some(
     """Every SAMPLE-th operation, and the first ones, when hardly anything is there."""
     numbers = [1, 2, 3, *range(5, len(operations) + 1, SAMPLE * (1 if fault == "kill" else 3))]
     codes = _hurt_at(numbers, fault, tmp_path, whole, data=data, held_out=held_out, model=tiny_qwen)
-    assert len(codes) > 6
+    assert len(codes) >= 6
     # Where only lines of the log fail, a full disk ends nothing.
     assert set(codes) <= ({None} if fault == "kill" else {0, 3})
     assert 3 in codes or fault == "kill"
