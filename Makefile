@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-faults check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data install install-dev docs clean
+.PHONY: demo test test-faults check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -46,6 +46,9 @@ bench-lengths: .venv/installed ## memory and time of one long pair
 
 bench-data: .venv/installed ## rows/s and memory of preparing up to a million rows, beside the notebook and TRL
 	$(BIN)/python -m bench.data
+
+bench-saving: .venv/installed ## what checkpoints cost in the demo
+	$(BIN)/python -m bench.saving
 
 docs: .venv/installed-dev ## write the generated pages of docs/
 	$(BIN)/python tools/generate_docs.py
