@@ -2,7 +2,7 @@
 
     python -m bench.saving              about a minute
 
-Everything that a run does to survive is counted: the rehearsal, each checkpoint (staged, synced, hashed, renamed), pruning,
+All that a run does to survive is counted: the rehearsal, each checkpoint (staged, synced, hashed, renamed), pruning,
 and the result.
 """
 

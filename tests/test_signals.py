@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 import pytest
 
-from truetune.signals import CAUGHT, StopFlag
+from truetune.signals import CAUGHT, StopFlag, limited
 
 
 class Recorder:
@@ -119,3 +120,36 @@ def test_in_another_thread_it_changes_nothing(before: Recorder) -> None:
     thread.start()
     thread.join()
     assert found == [None, *[before] * len(CAUGHT)]
+
+
+# --- a limit of time ---
+
+
+def test_a_loop_is_ended() -> None:
+    def loop() -> None:
+        with limited(0.05, ValueError("not done")):
+            while True:
+                time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="not done"):
+        loop()
+
+
+def test_what_is_in_time_is_left_alone() -> None:
+    with limited(0.05, ValueError("not done")):
+        pass
+    time.sleep(0.1)
+
+
+def test_another_thread_has_no_limit() -> None:
+    done = []
+
+    def work() -> None:
+        with limited(0.01, ValueError()):
+            time.sleep(0.05)
+            done.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1]

@@ -13,6 +13,7 @@ from truetune.console import Console
 from truetune.messages import text
 from truetune.rundir import RunDir
 from truetune.teller import Teller
+from truetune.trackers import Trackers
 
 STEP = {"kind": "step", "loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "rows": 2, "seconds": 1.0, "epoch": 0.1}
 STEP |= {"computed_tokens": 5, "memory_bytes": 10, "cpu_percent": 1.0, "gpu_percent": None}
@@ -42,7 +43,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 def _tell(run_dir: RunDir, accelerator: Any, steps: int = 3) -> None:
     console = Console("en")
     with console.progress(steps) as screen:
-        teller = Teller(run_dir, accelerator, console, screen, 1)
+        teller = Teller(run_dir, Trackers(accelerator, every=1), console, screen, 1)
         for step in range(1, steps + 1):
             teller.tell({**STEP, "step": step, "row_ids": [step]})
         teller.end()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from truetune import trackers
 from truetune.config import Config, resolve
 from truetune.errors import UserError
+from truetune.trackers import Trackers
 
 STEP: dict[str, Any] = {
     "kind": "step",
@@ -58,6 +60,9 @@ class Accelerator:
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.logged.append((values, step))
+
+    def end_training(self) -> None:
+        self.logged.append(({}, -1))
 
 
 # --- installed or not ---
@@ -128,17 +133,51 @@ def test_an_experiment_may_have_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (4, [4]), (10, [])])
 def test_steps_are_logged_as_often_as_asked(every: int, steps: list[int]) -> None:
     accelerator = Accelerator()
+    told = Trackers(accelerator, every=every)
     for step in range(1, 7):
-        trackers.log(accelerator, STEP | {"step": step}, every=every)
-    assert [step for _, step in accelerator.logged] == steps
-    assert [values for values, _ in accelerator.logged] == [SCALARS] * len(steps)
+        told.log(STEP | {"step": step})
+    told.end()
+    assert [step for _, step in accelerator.logged] == [*steps, -1]
+    assert [values for values, _ in accelerator.logged] == [*[SCALARS] * len(steps), {}]
 
 
 def test_every_evaluation_is_logged() -> None:
     accelerator = Accelerator()
+    told = Trackers(accelerator, every=10)
     for step in range(4):
-        trackers.log(accelerator, EVAL | {"step": step}, every=10)
-    assert accelerator.logged == [({"eval/loss": 1.25}, step) for step in range(4)]
+        told.log(EVAL | {"step": step})
+    told.end()
+    assert accelerator.logged == [*(({"eval/loss": 1.25}, step) for step in range(4)), ({}, -1)]
+
+
+class Broken(Accelerator):
+    """Raises at the second event, and never ends."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        super().log(values, step)
+        if step == 2:
+            raise type("ServiceError", (Exception,), {})("no network")
+
+    def end_training(self) -> None:
+        time.sleep(60)
+
+
+def test_a_tracker_that_fails_and_hangs_costs_no_step() -> None:
+    accelerator = Broken()
+    told = Trackers(accelerator, every=1)
+    began = time.monotonic()
+    for step in range(1, 5):
+        told.log(STEP | {"step": step})
+    told.end(timeout_s=0.3)
+    assert time.monotonic() - began < 5
+    assert [step for _, step in accelerator.logged] == [1, 2, 3, 4]
+    assert str(told.problem) == "no network"
+
+
+def test_a_tracker_that_hangs_is_said() -> None:
+    told = Trackers(Broken(), every=1)
+    told.end(timeout_s=0.1)
+    assert isinstance(told.problem, TimeoutError)
 
 
 # --- for real ---
@@ -152,11 +191,12 @@ def test_tensorboard_holds_what_was_logged(tmp_path: Path) -> None:
     run = tmp_path / "run-001"
     project = ProjectConfiguration(project_dir=str(run), logging_dir=str(run / "tensorboard"))
     accelerator = RealAccelerator(log_with=["tensorboard"], project_config=project)
-    trackers.start(accelerator, resolve({"data": ["d.json"], "model": "org/m"}).config, folder=run)
+    told = trackers.start(accelerator, resolve({"data": ["d.json"], "model": "org/m"}).config, folder=run)
     for step in (1, 2):
-        trackers.log(accelerator, STEP | {"step": step, "loss": 2.0 / step}, every=1)
-    trackers.log(accelerator, EVAL | {"step": 2}, every=1)
-    accelerator.end_training()
+        told.log(STEP | {"step": step, "loss": 2.0 / step})
+    told.log(EVAL | {"step": 2})
+    told.end()
+    assert told.problem is None
 
     assert [path.name for path in tmp_path.iterdir()] == ["run-001"]
     found: dict[str, list[tuple[int, float]]] = {}
@@ -190,10 +230,11 @@ from truetune.config import resolve
 folder = Path(sys.argv[1])
 accelerator = Accelerator(log_with=["swanlab"])
 flags = {"data": ["d.json"], "model": "org/m", "tracker_project": "our-project"}
-trackers.start(accelerator, resolve(flags).config, folder=folder)
+told = trackers.start(accelerator, resolve(flags).config, folder=folder)
 for event in json.loads(sys.argv[2]):
-    trackers.log(accelerator, event, every=1)
-accelerator.end_training()
+    told.log(event)
+told.end()
+assert told.problem is None, told.problem
 print(json.dumps(attempts))
 """
 

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.formats": {"records", "data.turns"},
     "data.encode": set(),
     "data.jinja": {"errors", "records"},
-    "data.template": {"errors", "records", "data.encode", "data.jinja", "data.turns"},
+    "data.template": {"errors", "records", "signals", "data.encode", "data.jinja", "data.turns"},
     "data.lengths": {"errors", "records", "data.template", "data.turns"},
     "data.store": {"records"},
     "data.tally": {"errors"},
@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "records", "data.template", "model"},
     "evaluate": {"records", "engine.*", "generate"},
     "identity": {"disk", "errors", "records", "data.template"},
-    "trackers": {"errors", "config"},
+    "trackers": {"errors", "config", "signals"},
     "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
     "page": {"config", "disk", "messages", "preflight"},
     "assembly": {

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from truetune import trackers
 from truetune.console import Console, Steps
 from truetune.output import record
 from truetune.rundir import RunDir
+from truetune.trackers import Trackers
 
 
 @dataclass
 class Teller:
-    """Who is told. `logging_steps`: how often the trackers and a screen without a bar are told of a step."""
+    """Who is told. `logging_steps`: how often a screen without a bar is told of a step."""
 
     run: RunDir
-    accelerator: Any
+    trackers: Trackers
     console: Console
     screen: Steps
     logging_steps: int
@@ -27,14 +27,17 @@ class Teller:
         record(self.run, event)
         if self.run.has_waiting_lines:
             self._say_once("train.log_waits", path=self.run.events)
-        self._note(trackers.log(self.accelerator, event, every=self.logging_steps))
+        self.trackers.log(event)
+        self._say_problem()
         self.screen.show(event, is_logged=event["step"] % self.logging_steps == 0)
 
     def end(self) -> None:
         """Close the trackers."""
-        self._note(trackers.end(self.accelerator))
+        self.trackers.end()
+        self._say_problem()
 
-    def _note(self, problem: Exception | None) -> None:
+    def _say_problem(self) -> None:
+        problem = self.trackers.problem
         if problem is not None:
             self._say_once("train.tracker_failed", problem=f"{type(problem).__name__}: {problem}")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from truetune.config import Config
 from truetune.errors import UserError
+from truetune.signals import limited
 
 TRAIN_KEYS = ("loss", "learning_rate", "grad_norm", "memory_bytes", "cpu_percent", "gpu_percent", "epoch")
 
@@ -20,7 +24,48 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError("extra_missing", where=f"report_to: {name}", fix="extra_missing", extra=name)
 
 
-def start(accelerator: Any, config: Config, *, folder: Path) -> None:
+class Trackers:
+    """Hands events to the trackers from a thread of its own: one that is slow, or cannot be reached, costs no step.
+
+    `every`: how often a step is told. `problem`: what a tracker raised first, None so far.
+    """
+
+    def __init__(self, accelerator: Any, *, every: int) -> None:
+        self.problem: Exception | None = None
+        self._accelerator, self._every = accelerator, every
+        self._events: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Tell an event: each evaluation, and the steps that `every` divides."""
+        if event["kind"] == "eval" or (event["kind"] == "step" and event["step"] % self._every == 0):
+            self._events.put(event)
+
+    def end(self, *, timeout_s: float = 60.0) -> None:
+        """Close the trackers when they have got everything, or give up after some time."""
+        late = TimeoutError(f"not done after {timeout_s:.0f} s")
+        self._events.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self.problem = self.problem or late
+            return
+        # Here, not in the thread: SwanLab ends in the main thread only.
+        with limited(timeout_s, late):
+            self._try(self._accelerator.end_training)
+
+    def _work(self) -> None:
+        while (event := self._events.get()) is not None:
+            self._try(partial(self._accelerator.log, scalars_of(event), step=event["step"]))
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.problem = self.problem or error
+
+
+def start(accelerator: Any, config: Config, *, folder: Path) -> Trackers:
     """Start the trackers that `accelerator` was made with; what they write lies under `folder`.
 
     Raises: UserError if a tracker refuses its settings or its login.
@@ -33,28 +78,7 @@ def start(accelerator: Any, config: Config, *, folder: Path) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         names = ", ".join(config.report_to)
         raise UserError("tracker_refused", where=f"report_to: {names}", fix="tracker_refused", problem=error) from error
-
-
-def log(accelerator: Any, event: Mapping[str, Any], *, every: int) -> Exception | None:
-    """Hand an event to the trackers: each evaluation, and the steps that `every` divides.
-
-    Returns what a tracker raised: a service that cannot be reached is no reason to lose hours of training.
-    """
-    if event["kind"] == "eval" or (event["kind"] == "step" and event["step"] % every == 0):
-        try:
-            accelerator.log(scalars_of(event), step=event["step"])
-        except Exception as error:
-            return error
-    return None
-
-
-def end(accelerator: Any) -> Exception | None:
-    """Close the trackers; return what one of them raised."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        return error
-    return None
+    return Trackers(accelerator, every=config.logging_steps)
 
 
 def scalars_of(event: Mapping[str, Any]) -> dict[str, float]:

@@ -148,9 +148,9 @@ def _take_steps(
         watch.saved()
         saved = step
 
-    trackers.start(assembly.accelerator, config, folder=run.path)
+    told = trackers.start(assembly.accelerator, config, folder=run.path)
     with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
-        teller = Teller(run, assembly.accelerator, console, screen, config.logging_steps)
+        teller = Teller(run, told, console, screen, config.logging_steps)
         try:
             for event in loop.run(
                 saver.flight.prepared.train,

@@ -83,7 +83,8 @@ def _adapter_folder(path: Path) -> Path | None:
     """Return the folder with adapter_config.json that `path` means, or None if it is a model's name."""
     run = RunDir(path)
     if run.is_run:
-        if run.adapter.is_dir() and run.read_info()["state"] == "done":
+        # While a run goes on, or after it failed, its newest checkpoint is newer than what a stop before left.
+        if run.adapter.is_dir() and run.read_info()["state"] in ("done", "stopped"):
             return run.adapter
         newest, _ = checkpoint.find(run.checkpoints)
         if newest is None:

@@ -31,19 +31,27 @@ class Finding:
 
 
 def look(run: RunDir) -> Iterator[Finding]:
-    """Yield every part of a run, looked at. A run that goes on may be looked at, too."""
-    yield Finding(run.config.name, _config_problem(run.config))
-    yield Finding("data", damage(run.data))
+    """Yield every part of a run, looked at.
+
+    A run that goes on, or was killed, may lack what it had not come to yet; what is there must be whole.
+    """
+    is_done = run.read_info()["state"] == "done"
+    if is_done or run.config.exists():
+        yield Finding(run.config.name, _config_problem(run.config))
+    if is_done or run.data.exists():
+        yield Finding("data", damage(run.data))
     for path in checkpoint.by_step(run.checkpoints):
         broken = checkpoint.broken_file(path)
         if path.exists():  # else it was just pruned
             yield Finding(f"checkpoints/{path.name}", broken)
-    if run.adapter.is_dir():
+    if is_done or run.adapter.exists():
         yield Finding("adapter", damage(run.adapter))
     taken = [event["step"] for event in run.read_events() if event["kind"] in ("step", "skipped")]
     listed = [line["step"] for line in run.read_step_rows()]
     yield Finding(run.events.name, _gap(taken))
-    yield Finding(run.steps.name, _gap(listed) or (None if listed == taken else f"{len(listed)} / {len(taken)}"))
+    # The rows of a step are written before what became of it.
+    most = len(taken) + (not is_done)
+    yield Finding(run.steps.name, _gap(listed) or (None if len(taken) <= len(listed) <= most else f"{len(listed)}"))
 
 
 def _config_problem(path: Path) -> str | None:

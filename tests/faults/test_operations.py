@@ -51,6 +51,8 @@ def _hurt(at: int, fault: str, out: Path, data: Path, *, held_out: Path, model: 
     command = words(data, model, out, eval_data=held_out)
     code = _run(command, Layer(out.parent, at=at, fault=fault))
     if code != 0:
+        if (out / "run.json").is_file():
+            assert run(["verify", str(out)]) == 0
         good = checkpoint.find(out / "checkpoints")[0]
         assert run([*command, "--resume"] if list(out.glob("*")) or orphans(out) else command) == 0
         assert good is None or checkpoint.step_of(good) in (3, 6)

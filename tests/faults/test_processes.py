@@ -104,6 +104,7 @@ def _kill_often(number: int, start: Callable[..., Any], whole: Path, tmp_path: P
                 break
             if kills < number:
                 assert code == -signal.SIGKILL, errors
+                assert run(["verify", str(out)]) == 0
                 kills += 1
                 steps = [event["step"] for event in events(out) if event["kind"] == "step"]
                 good, _ = checkpoint.find(out / "checkpoints")

@@ -1,13 +1,10 @@
-"""Templates as such: our own two, the clock of one, what one may raise, and how long it may take."""
+"""Templates as such: our own two, the clock of one, what one may raise, and simple conversations rendered fast."""
 
 from __future__ import annotations
 
 import datetime
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,25 +33,6 @@ TEMPLATES = {
     ),
 }
 """For tokenizers without a chat template of their own; written out with the adapter."""
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """End the block with a ValueError after some time. Only the main thread can be interrupted; elsewhere no limit."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise ValueError(f"the template was not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def freeze_clock(chat_template: str, date: datetime.date) -> str:

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from truetune.data.encode import MARKERS, Encoded, Encoder
-from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, compiled, freeze_clock, is_simple, limited, render_simple
+from truetune.data.jinja import TEMPLATE_ERRORS, TEMPLATES, compiled, freeze_clock, is_simple, render_simple
 from truetune.data.turns import is_target
 from truetune.errors import RowError, UserError
 from truetune.records import Conversation, Message, Pair, first_difference
+from truetune.signals import limited
 
 OPEN_THINKING, CLOSE_THINKING = "<think>", "\n</think>\n\n"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -285,7 +286,7 @@ class Renderer:
     def _render_many(self, conversations: list[list[Message]], *, prompt: bool, tools: Tools = None) -> list[str]:
         """Return the rendered texts of marked conversations."""
         given: dict[str, Any] = {"add_generation_prompt": prompt, **self._encoder.marked(self.template_kwargs)}
-        with limited(TIME_LIMIT_S):
+        with limited(TIME_LIMIT_S, ValueError(f"the template was not done after {TIME_LIMIT_S} s")):
             if tools is None and all(map(is_simple, conversations)):
                 variables = self.tokenizer.special_tokens_map | given
                 return render_simple(self.chat_template, conversations, given=variables)
