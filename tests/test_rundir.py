@@ -70,7 +70,7 @@ def test_info_is_added_to(run: RunDir) -> None:
 
 def test_create_makes_the_folders_and_may_be_repeated(run: RunDir) -> None:
     run.create()
-    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "data"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints"]
 
 
 # --- events ---

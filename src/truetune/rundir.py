@@ -42,9 +42,8 @@ class RunDir:
         return self.run_json.is_file()
 
     def create(self) -> None:
-        """Make the folders of a new run."""
-        for folder in (self.data, self.checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Make the folders that are filled little by little; the others come whole."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def read_info(self) -> dict[str, Any]:
         """Return run.json."""
@@ -143,7 +142,8 @@ def outcome(run: RunDir) -> Run:
     steps = [event for event in events if event["kind"] == "step"]
     losses = {event["step"]: event["eval_loss"] for event in events if event["kind"] == "eval"}
     before = next(iter(losses.values()), None)
-    after = losses.get(_adapter_step(run), next(reversed(losses.values()), None))
+    last = next(reversed(losses.values())) if len(losses) > 1 else None
+    after = losses.get(_adapter_step(run), last)
     return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
 
 

@@ -84,14 +84,14 @@ class Retaken:
     difference: str | None
 
 
-def retake(run: RunDir, num_steps: int, *, console: Console) -> Retaken:
+def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
     """Take `num_steps` steps of a run again and compare with what it says of them; nothing is written.
 
     Raises: UserError if the run has not that many steps, or its data, base or keys are others now.
     """
     told = {(event["kind"], event["step"]): event for event in _told(run)}
     start = _start(run, num_steps, last=max((step for _, step in told), default=0))
-    settings = resolve({}, run.config)
+    settings, console = resolve({}, run.config), Console(lang, quiet=True)
     flight = preflight(settings.config, console, date=run.read_info()["date"])
     assembly = assemble(settings, flight, folder=run.path, console=console, is_begun=True)
     path = run.checkpoints / f"checkpoint-{start:06d}"

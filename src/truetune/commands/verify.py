@@ -56,7 +56,8 @@ def _look(run: RunDir, console: Console) -> None:
 def _retake(run: RunDir, num_steps: int, console: Console) -> None:
     from truetune.verify import retake
 
-    found = retake(run, num_steps, console=console)
+    with console.status("status.retake", steps=num_steps):
+        found = retake(run, num_steps, lang=console.lang)
     if found.difference is not None:
         where = f"{run.path}, step {found.start}"
         raise NumericsError("not_exact", where=where, fix="not_exact", difference=found.difference)

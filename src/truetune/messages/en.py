@@ -82,6 +82,7 @@ TEXTS = {
     "status.rows": "Reading rows … {count:,}",
     "status.compare": "Comparing the engine with the model's own code",
     "status.measure": "Measuring memory",
+    "status.retake": "Taking {steps} steps again",
     "status.steps": "Timing a few steps",
     "status.load": "Loading {name} as {dtype} ({reason})",
     "status.load_use": "Loading {name}",

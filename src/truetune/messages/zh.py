@@ -82,6 +82,7 @@ TEXTS = {
     "status.rows": "正在读取样本… {count:,}",
     "status.compare": "正在与模型自己的代码比对",
     "status.measure": "正在测量内存",
+    "status.retake": "正在重新训练 {steps} 步",
     "status.steps": "正在给几步计时",
     "status.load": "正在加载 {name}，类型 {dtype}（{reason}）",
     "status.load_use": "正在加载 {name}",
