@@ -17,7 +17,7 @@ from truetune import cli
 from truetune.cli import COMMANDS, Program, run
 from truetune.commands.check import KEYS
 from truetune.config import PER_DEVICE_KEYS, Config, Settings
-from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
+from truetune.errors import NumericsError, Stopped, TruetuneError, UserError, out_of_memory
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "numpy", "pyarrow", "safetensors")
 
@@ -360,7 +360,7 @@ def test_the_language_of_the_file_is_used_to_train(trained: list[Any], write_jso
 
 CODES = [
     (UserError("no_data", where="data", fix="no_data"), 2),
-    (MachineError("out_of_memory", where="m", fix="out_of_memory"), 3),
+    (out_of_memory("m"), 3),
     (NumericsError("not_finite", where="step 3", fix="not_finite", loss="nan", grad_norm="1", rows="a:1"), 4),
     (Stopped(2, where="runs/x"), 130),
     (Stopped(15, where="runs/x"), 143),

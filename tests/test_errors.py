@@ -7,20 +7,20 @@ import pytest
 from truetune import errors
 from truetune.errors import (
     Interrupted,
-    MachineError,
     NumericsError,
     RowError,
     Stopped,
     TruetuneError,
     UserError,
     UserErrors,
+    out_of_memory,
 )
 
 KINDS: list[tuple[TruetuneError, int]] = [
     (UserError("no_data", where="data", fix="no_data"), 2),
     (RowError("row_empty_text", where="a.json:3", fix="row_empty_text", name="output"), 2),
     (UserErrors([UserError("no_data", where="data", fix="no_data")]), 2),
-    (MachineError("out_of_memory", where="m", fix="out_of_memory"), 3),
+    (out_of_memory("m"), 3),
     (NumericsError("not_finite", where="step 3", fix="not_finite", loss="nan", grad_norm="1", rows="a:1"), 4),
     (Stopped(2, where="runs/x"), 130),
     (Stopped(15, where="runs/x"), 143),

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
-from truetune.errors import Interrupted, MachineError, TruetuneError, UserError
+from truetune.errors import Interrupted, MachineError, TruetuneError, UserError, out_of_memory
 from truetune.messages import text
 
 COMMANDS = ("train", "check", "chat", "runs", "verify", "env", "demo")
@@ -105,7 +105,7 @@ def run(words: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's words for it
             raise
-        return _report(MachineError("out_of_memory", where=_command(words), fix="out_of_memory"), lang, debug=debug)
+        return _report(out_of_memory(_command(words)), lang, debug=debug)
     except OSError as error:
         where = str(error.filename or "truetune")
         return _report(MachineError("machine", where=where, fix="machine", problem=error), lang, debug=debug)

@@ -74,6 +74,14 @@ class MachineError(TruetuneError):
     exit_code = 3
 
 
+def out_of_memory(where: str) -> MachineError:
+    """Return the fault that memory ran out, with what is used and what is free."""
+    import psutil
+
+    used, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    return MachineError("out_of_memory", where=where, fix="out_of_memory", used=used / 1e9, free=free / 1e9)
+
+
 class NumericsError(TruetuneError):
     """A loss or a gradient is not finite."""
 

@@ -16,7 +16,7 @@ import torch
 from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
-from truetune.errors import MachineError, NumericsError
+from truetune.errors import NumericsError, out_of_memory
 from truetune.records import Row, pairs_of
 
 Event = dict[str, Any]
@@ -165,7 +165,7 @@ class Loop:
         largest = max(forward.num_tokens for forward in batch.forwards)
         longest = max(forward.num_positions for forward in batch.forwards)
         if largest <= longest:
-            raise MachineError("out_of_memory", where=f"step {batch.step}", fix="out_of_memory", tokens=longest)
+            raise out_of_memory(f"step {batch.step}")
         size = min(self.engine.max_tokens, max(largest // 2, longest))
         self.engine = replace(self.engine, max_tokens=size)
         return replace(batch, forwards=make_forwards(self.engine, pairs_of(batch.rows)))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.config import cache_dir
-from truetune.errors import MachineError, UserError
+from truetune.errors import UserError, out_of_memory
 from truetune.hub import fetch
 from truetune.weights import check_files
 
@@ -215,7 +215,7 @@ def load_base(base: Base, dtype: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise MachineError("out_of_memory", where=base.name, fix="out_of_memory") from None
+            raise out_of_memory(base.name) from None
         raise UserError("model_broken", where=base.name, fix="model_broken", problem=error) from None
     missing = sorted(loading["missing_keys"])
     if missing:

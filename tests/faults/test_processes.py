@@ -242,19 +242,31 @@ def test_a_disk_that_fills(
     assert_same(out, whole)
 
 
-def test_too_little_memory(start: Callable[..., Any], tmp_path: Path) -> None:
-    """Advice and exit 3 instead of a traceback (F15); what the system's killer does is what kill -9 does."""
+STARVED = """
+import os, resource, sys
+import peft, pyarrow, torch, transformers
+import truetune.training
+from truetune.cli import run
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (int(sys.argv[1]) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+os._exit(run(sys.argv[2:]))
+"""
 
-    sizes = {"max_tokens_per_forward": 100_000_000}
-    code, _, errors = _end(start(limit=limit, **sizes))
-    if code == 0:  # the limit is not reached by so small a model
-        assert (tmp_path / "out" / "adapter").is_dir()
-    else:
-        assert code == 3, errors
-        assert "memory ran out" in errors
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("megabytes", [20, 250])
+def test_too_little_memory(megabytes: int, data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """With so much beyond what is loaded when it begins: advice with numbers and exit 3, no traceback (F15).
+
+    What the system's killer does is what kill -9 does.
+    """
+    command = [sys.executable, "-c", STARVED, str(megabytes), *words(data, tiny_qwen, tmp_path / "out")]
+    environment = {**os.environ, **ENVIRONMENT, "TRUETUNE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "memory ran out: " in done.stderr
+    assert "GB free" in done.stderr
 
 
 def test_no_network(

@@ -253,7 +253,7 @@ TEXTS = {
     "fix.engine_differs": "Take attention: auto, which chooses one that agrees.",
     "error.lora_refused": "PEFT cannot make this LoRA for this model: {problem}",
     "fix.lora_refused": "Change the lora_ keys or target_modules; for a model with experts, set lora_dropout to 0.",
-    "error.out_of_memory": "memory ran out",
+    "error.out_of_memory": "memory ran out: {used:.1f} GB used by this process, {free:.1f} GB free",
     "fix.out_of_memory": "Close other programs, or take a smaller model.",
     "error.held_out_not_finite": "the held-out loss is {loss}",
     "fix.held_out_not_finite": "Lower the learning rate; at step 0, the base itself overflows in this dtype.",

@@ -253,7 +253,7 @@ TEXTS = {
     "fix.engine_differs": "改用 attention: auto，它会选一种一致的。",
     "error.lora_refused": "PEFT 无法为这个模型建立这样的 LoRA：{problem}",
     "fix.lora_refused": "改 lora_ 各项或 target_modules；带专家（MoE）的模型请把 lora_dropout 设为 0。",
-    "error.out_of_memory": "内存用完了",
+    "error.out_of_memory": "内存用完了：这个进程用了 {used:.1f} GB，可用 {free:.1f} GB",
     "fix.out_of_memory": "关掉其他程序，或换小一些的模型。",
     "error.held_out_not_finite": "留出样本的损失是 {loss}",
     "fix.held_out_not_finite": "调小学习率；如果在第 0 步，则是基座本身有问题，或在这种类型下溢出。",
