@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> None:
     if not going:
         return
     good = (path for path in reversed(staying) if broken_file(path) is None)
-    if sum(1 for _ in zip(good, range(MIN_KEPT), strict=False)) == MIN_KEPT:
+    if len(list(islice(good, MIN_KEPT))) == MIN_KEPT:
         for path in going:
             remove(path)
 

@@ -70,6 +70,9 @@ def recorded_state(run: RunDir) -> Iterator[None]:
     except TruetuneError as error:
         state, problem = "stopped" if isinstance(error, Stopped) else "failed", str(error)
         raise
+    except OSError as error:
+        problem = str(error)
+        raise
     except KeyboardInterrupt:
         # The second Ctrl-C ends at once; the checkpoints before it stand.
         state = "stopped"
