@@ -76,8 +76,8 @@ def test_cut_weights_are_an_error(tiny_qwen: Path, tmp_path: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(UserError) as caught:
-        load_base(find_base(str(copy)), "float32")
-    assert caught.value.key == "model_broken"
+        find_base(str(copy))
+    assert (caught.value.key, caught.value.where) == ("model_file_damaged", str(weights))
 
 
 def lora(folder: Path, dtype: str = "float32", targets: tuple[str, ...] = ("all-linear",), seed: int = 0) -> Any:

@@ -176,8 +176,10 @@ def _is_alive(pid: int) -> bool:
 def test_helpers_end_with_their_process(how: signal.Signals, tmp_path: Path) -> None:
     """Killed, it leaves nobody behind; Ctrl-C goes to the whole group and ends all, without a word from a helper."""
     program = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
         from truetune.data import crew
+        # In the background of a script Ctrl-C is ignored, by what is started there, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         crew._num_cores = lambda: 3
         with crew.Crew(None, num_bytes=1 << 30) as some:
             for helper in some._helpers:

@@ -582,6 +582,11 @@ def test_prompt_that_the_full_text_does_not_start_with(
 BUILD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "template_missing": ({}, {}, {"names": "chatml, instruction-response"}),
     "template_no_chatml": ({}, {"template": "chatml"}, {"token": STOP}),
+    "template_broken": (
+        {"chat_template": "{{ messages"},
+        {},
+        {"problem": "unexpected end of template, expected 'end of print statement'."},
+    ),
     "template_no_stop": ({"chat_template": NO_STOP, "eos_token": None}, {}, {}),
 }
 
