@@ -87,7 +87,7 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
 
     Raises: MachineError if the disk is full; NumericsError if a weight is not finite. Older checkpoints stand.
     """
-    target = folder / f"checkpoint-{step:06d}"
+    target = path_of(folder, step)
     _require_finite(state, step)
     require_space(folder, state.num_bytes)
     facts = {"identity": dict(state.identity), "versions": versions(), "machine": machine()}
@@ -154,6 +154,11 @@ def set_aside(folder: Path, names: Iterable[str]) -> None:
 def by_step(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, oldest step first."""
     return sorted((path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return folder / f"checkpoint-{step:06d}"
 
 
 def step_of(path: Path) -> int:

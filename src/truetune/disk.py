@@ -127,7 +127,7 @@ def require_writable(path: Path) -> None:
 
     Read-only file systems tell here; what only a write shows, the rehearsal finds.
     """
-    place = next(some for some in (path.absolute(), *path.absolute().parents) if some.exists())
+    place = _existing(path)
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         raise MachineError("not_writable", where=str(path), fix="machine", folder=place)
 
@@ -138,7 +138,12 @@ def _disk_full(path: Path, *, num_bytes: int) -> MachineError:
 
 def _free(path: Path) -> int:
     """Return the free bytes where a path is, or will be."""
-    return shutil.disk_usage(next(some for some in (path.absolute(), *path.absolute().parents) if some.exists())).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(some for some in (path.absolute(), *path.absolute().parents) if some.exists())
 
 
 def _size(folder: Path) -> int:

@@ -119,7 +119,7 @@ class Saver:
         PEFT's files, tokenizer, template, probes and card.
         """
         chosen, _ = checkpoint.find(self.run.checkpoints)
-        wanted = self.run.checkpoints / f"checkpoint-{best or 0:06d}"
+        wanted = checkpoint.path_of(self.run.checkpoints, best or 0)
         if checkpoint.broken_file(wanted) is None:
             chosen = wanted
         if chosen is None:

@@ -94,7 +94,7 @@ def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
     settings, console = resolve({}, run.config), Console(lang, quiet=True)
     flight = preflight(settings.config, console, date=run.read_info()["date"])
     assembly = assemble(settings, flight, folder=run.path, console=console, is_begun=True)
-    path = run.checkpoints / f"checkpoint-{start:06d}"
+    path = checkpoint.path_of(run.checkpoints, start)
     if start:
         checkpoint.check_identity(path, assembly.state.identity)
         checkpoint.load(path, assembly.state)
@@ -108,7 +108,7 @@ def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
             for name in COMPARED
             if name in event and event[name] != then.get(name)
         ]
-    last = run.checkpoints / f"checkpoint-{end:06d}"
+    last = checkpoint.path_of(run.checkpoints, end)
     has_state = checkpoint.broken_file(last) is None
     other = checkpoint.other_tensor(last, assembly.state) if has_state else None
     return Retaken(start, num_steps, num_compared, has_state, next(iter([*differences, *filter(None, [other])]), None))
