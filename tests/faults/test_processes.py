@@ -245,28 +245,39 @@ def test_a_disk_that_fills(
 STARVED = """
 import os, resource, sys
 import peft, pyarrow, torch, transformers
-import truetune.training
+import truetune.loop, truetune.training
 from truetune.cli import run
 
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (int(sys.argv[1]) << 20)
+where, words = sys.argv[1], sys.argv[2:]
+take_step = truetune.loop.train_step
+
+def hungry(*args, **keys):
+    torch.empty(1 << 34, dtype=torch.uint8)
+    return take_step(*args, **keys)
+
+if where == "step 1":
+    truetune.loop.train_step = hungry
+megabytes = {"begin": 20, "step 1": 4096}[where]
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (megabytes << 20)
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
-os._exit(run(sys.argv[2:]))
+os._exit(run(words))
 """
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-@pytest.mark.parametrize("megabytes", [20, 250])
-def test_too_little_memory(megabytes: int, data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
-    """With so much beyond what is loaded when it begins: advice with numbers and exit 3, no traceback (F15).
+@pytest.mark.parametrize("where", ["begin", "step 1"])
+def test_too_little_memory(where: str, data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """Too little for what is loaded, or for a step of any size: advice with numbers and exit 3, no traceback (F15).
 
     What the system's killer does is what kill -9 does.
     """
-    command = [sys.executable, "-c", STARVED, str(megabytes), *words(data, tiny_qwen, tmp_path / "out")]
+    command = [sys.executable, "-c", STARVED, where, *words(data, tiny_qwen, tmp_path / "out")]
     environment = {**os.environ, **ENVIRONMENT, "TRUETUNE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 3, done.stderr
     assert "memory ran out: " in done.stderr
     assert "GB free" in done.stderr
+    assert ("step 1" in done.stderr) == (where == "step 1")
 
 
 def test_no_network(
