@@ -21,11 +21,12 @@ from truetune.engine.compare import Choice, choose_engine, use_kind
 from truetune.engine.memory import Limits, choose_limits, set_checkpointing
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
-from truetune.evaluate import choose_eval_steps, limit_rows, loss_evaluator
+from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
 from truetune.preflight import Preflight
 from truetune.records import Row, pairs_of
+from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
 from truetune.weights import require_memory
 
 SAVES_PER_RUN = 20
@@ -36,6 +37,7 @@ MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
 FREE_KEYS = (
     *("output_dir", "lang", "logging_steps", "save_steps", "save_total_limit", "hub", "revision"),
     *("report_to", "tracker_project", "tracker_name", "result", "early_stopping_patience"),
+    "sample_prompts",
     # These have hashes of their own in the identity.
     *("model", "data", "eval_data"),
 )
@@ -45,7 +47,8 @@ FREE_KEYS = (
 class Assembly:
     """A loop ready to run. `settings`: with every "auto" chosen. `evaluate`: gives the loss on the rows `held_out`.
 
-    `events`: what was compared and measured to choose, for the run's log; none where it was chosen before.
+    `sampler`: takes the samples. `events`: what was compared and measured to choose, for the run's log; none where it
+    was chosen before.
     """
 
     settings: Settings
@@ -53,6 +56,7 @@ class Assembly:
     loop: Loop
     evaluate: Callable[[], float | None]
     state: State
+    sampler: Sampler
     held_out: Sequence[Row] = ()
     events: tuple[Event, ...] = ()
 
@@ -89,7 +93,8 @@ def assemble(
     console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
-    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, held_out, events)
+    sampler = _sampler(config, flight, model, held_out)
+    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, sampler, held_out, events)
 
 
 def _engine(
@@ -225,6 +230,17 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     if config.save_steps == "auto":
         chosen["save_steps"] = max(-(-steps // SAVES_PER_RUN), 1)
     return settings.with_chosen(**chosen), held_out
+
+
+def _sampler(config: Config, flight: Preflight, model: Any, held_out: Sequence[Row]) -> Sampler:
+    """Return what takes the samples: at evaluations, or as often where nothing is held out."""
+    report, prepared = flight.prepared.report, flight.prepared
+    texts = None if config.sample_prompts == "auto" else list(config.sample_prompts)
+    every = int(config.eval_steps) if held_out else -(-report.steps // MAX_EVALUATIONS)
+    num_tokens = report.steps * config.rows_per_step * report.trie_tokens // max(report.rows_used, 1)
+    plan = plan_samples(report.steps, eval_steps=every, num_trained_tokens=num_tokens)
+    rows = held_out or prepared.train[: 4 * NUM_PROMPTS]
+    return Sampler(model, flight.renderer, choose_prompts(rows, texts), plan, "eval" if held_out else "step")
 
 
 def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_out: tuple[int, int]) -> None:

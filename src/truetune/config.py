@@ -39,6 +39,15 @@ def _parse_mapping(value: Any) -> Any:
     return mapping
 
 
+def _prompts(value: Any) -> Any:
+    """`--sample-prompts "Who are you?"`: one prompt; `[…]`: a YAML list of them; none: no samples."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    if value == "none":
+        return []
+    return _parse_mapping(value) if value.startswith("[") else [value]
+
+
 def _known_encoding(value: str) -> str:
     """Return the encoding's own name: "GBK" and "gbk" are one."""
     try:
@@ -56,6 +65,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Words = Annotated[list[str], BeforeValidator(_split_words)]
+Prompts = Annotated[Literal["auto"] | list[str], BeforeValidator(_prompts)]
 KeywordValues = Annotated[dict[str, Any], BeforeValidator(_parse_mapping)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
@@ -114,6 +124,7 @@ class Config(BaseModel):
     save_total_limit: PositiveInt = 3
     result: Literal["auto", "best", "last"] = "auto"
     early_stopping_patience: PositiveInt | None = None
+    sample_prompts: Prompts = "auto"
     report_to: Annotated[list[Literal["swanlab", "tensorboard"]], BeforeValidator(_split_words)] = Field(
         default_factory=list
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console as Rich
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -135,6 +135,9 @@ class Steps:
         if event["kind"] == "memory":
             self._console.say("train.smaller", step=event["step"], tokens=event["max_tokens"])
             return
+        if event["kind"] == "sample":
+            self._show_sample(event)
+            return
         if event["kind"] == "finding":
             values = {name: value for name, value in event.items() if name not in ("kind", "name")}
             self._console.say(f"finding.{event['name']}", style="yellow", **values)
@@ -160,6 +163,24 @@ class Steps:
             self._console.say(
                 "train.step", step=event["step"], total=total, eta=_minutes(left), grad_norm=grad_norm, **values
             )
+
+    def _show_sample(self, event: Mapping[str, Any]) -> None:
+        """Show a prompt and its answer, a line each; before the first prompt, whose answers follow."""
+        if event["number"] == 0:
+            key = "train.samples_base" if event["step"] == 0 else "train.samples"
+            self._console.say(key, style="dim", step=event["step"])
+        self._console.say("train.prompt", style="dim", prompt=one_line(event["prompt"]))
+        self._console.say("train.answer", answer=one_line(event["answer"]))
+
+
+def one_line(shown: str, width: int = 110) -> str:
+    """Return a text as one line, its end cut where it is longer than `width` columns.
+
+    >>> one_line("a\\n b  c", 4), one_line("你好吗", 4)
+    ('a b…', '你…')
+    """
+    shown = " ".join(shown.split())
+    return shown if cell_len(shown) <= width else set_cell_size(shown, width - 1).rstrip() + "…"
 
 
 def _minutes(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +39,31 @@ class Sampling:
         return {"max_new_tokens": self.max_new_tokens, **drawn, **NO_DISTORTION}
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer as it is shown. `num_tokens`: of what was generated, the stop token included.
+
+    `is_ended`: the model ended its turn itself; False where `max_new_tokens` did.
+    """
+
+    text: str
+    num_tokens: int
+    is_ended: bool
+
+
 def answers(
     model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 8
 ) -> list[str]:
     """Return the answer to each of `prompts` (lists of messages), computed in batches padded on the left."""
-    texts: list[str] = []
+    some = replies(model, renderer, prompts=prompts, sampling=sampling, batch_size=batch_size)
+    return [reply.text for reply in some]
+
+
+def replies(
+    model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 8
+) -> list[Reply]:
+    """Return what `answers` returns, each with its tokens and how it ended."""
+    found: list[Reply] = []
     for start in range(0, len(prompts), batch_size):
         rows = [renderer.prompt_ids(messages) for messages in prompts[start : start + batch_size]]
         width = max(map(len, rows))
@@ -51,8 +72,22 @@ def answers(
             ids_BT[number, width - len(row) :] = torch.tensor(row)
         is_token_BT = torch.tensor([[n >= width - len(row) for n in range(width)] for row in rows])
         output_BT = _generate(model, renderer, ids_BT, is_token_BT, sampling)
-        texts += [_shown(renderer.tokenizer.decode(ids, skip_special_tokens=True)) for ids in output_BT[:, width:]]
-    return texts
+        found += [_reply(renderer, ids) for ids in output_BT[:, width:].tolist()]
+    return found
+
+
+def _reply(renderer: Renderer, ids: list[int]) -> Reply:
+    """Return what was generated, without the padding behind its stop token."""
+    end = min((ids.index(stop) for stop in renderer.stop_ids if stop in ids), default=None)
+    kept = ids if end is None else ids[: end + 1]
+    return Reply(_shown(renderer.tokenizer.decode(kept, skip_special_tokens=True)), len(kept), end is not None)
+
+
+@contextmanager
+def base_only(model: Any, *, is_on: bool = True) -> Iterator[None]:
+    """Let a model with an adapter answer as its base inside the block; a model without one is its base."""
+    with model.disable_adapter() if is_on and hasattr(model, "disable_adapter") else nullcontext():
+        yield
 
 
 def stream(model: Any, renderer: Renderer, *, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:

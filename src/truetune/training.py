@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from truetune import checkpoint, disk, trackers
@@ -152,6 +153,8 @@ def _take_steps(
     with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
         teller = Teller(run, told, console, screen, config.logging_steps)
         try:
+            for event in assembly.sampler.begin() if start == 0 else ():
+                teller.tell(event)
             for event in loop.run(
                 saver.flight.prepared.train,
                 start=start,
@@ -161,7 +164,7 @@ def _take_steps(
                 should_stop=lambda: stop.signal is not None or watch.is_over,
             ):
                 step = event["step"] if event["kind"] in TAKEN else step
-                for one in (event, *watch.see(event)):
+                for one in chain((event,), watch.see(event), assembly.sampler.see(event)):
                     teller.tell(one)
         except (NumericsError, MachineError):
             # The weights are still those of the last step: nothing of it need be lost.

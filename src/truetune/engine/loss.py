@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 CHUNK_LOGITS = 1 << 25
 """Logits of one product with the head: 64 MB in bf16."""
@@ -57,6 +58,29 @@ def edge_loss(
     edges = (row_of_edge_E[order], targets_E[order], weights_E[order].float())
     loss: torch.Tensor = _EdgeLoss.apply(hidden_ND.index_select(0, rows), head, edges)
     return loss
+
+
+def edge_scores(
+    hidden_ND: torch.Tensor, head: Head, *, parents_E: torch.Tensor, targets_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each edge's cross-entropy [E] (fp32, nats), and whether its target is the likeliest token [E].
+
+    In chunks of edges, so that two edges at one parent make its logits twice; nothing is kept for a gradient.
+    """
+    losses_E = torch.empty(len(parents_E), dtype=torch.float32, device=hidden_ND.device)
+    is_likeliest_E = torch.empty(len(parents_E), dtype=torch.bool, device=hidden_ND.device)
+    size = max(CHUNK_LOGITS // len(head.weight_VD), 1)
+    for start in range(0, len(parents_E), size):
+        chosen = slice(start, start + size)
+        logits_CV = hidden_ND[parents_E[chosen]] @ head.weight_VD.T
+        if head.bias_V is not None:
+            logits_CV += head.bias_V
+        wide_CV = logits_CV.float() * head.scale
+        if head.softcap is not None:
+            wide_CV = head.softcap * torch.tanh(wide_CV / head.softcap)
+        losses_E[chosen] = F.cross_entropy(wide_CV, targets_E[chosen], reduction="none")
+        is_likeliest_E[chosen] = wide_CV.argmax(-1) == targets_E[chosen]
+    return losses_E, is_likeliest_E
 
 
 class _EdgeLoss(torch.autograd.Function):

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from truetune.engine.attention import FLEX, SEGMENTS, Layout, attending_by
-from truetune.engine.loss import edge_loss, find_head
+from truetune.engine.loss import edge_loss, edge_scores, find_head
 from truetune.engine.trie import build_trie, split_pairs
 from truetune.records import Pair
 
@@ -93,11 +93,14 @@ class StepResult:
 
 def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
     """Return the forwards of a step. No weights are touched, so another thread may call it ahead of time."""
-    if engine.kind in ATTENTIONS:
-        groups = split_pairs(pairs, engine.max_tokens, scaled_from=engine.scaled_from)
-        return [_trie_forward(engine, group) for group in groups]
-    groups = split_padded(pairs, engine.max_tokens, scaled_from=engine.scaled_from)
-    return [_padded_forward(engine, group) for group in groups]
+    return [forward for _, forward in grouped(engine, pairs)]
+
+
+def grouped(engine: Engine, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Forward]]:
+    """Yield each forward of `pairs` with the pairs that it holds; padded rows are in their order."""
+    split, build = (split_pairs, _trie_forward) if engine.kind in ATTENTIONS else (split_padded, _padded_forward)
+    for group in split(pairs, engine.max_tokens, scaled_from=engine.scaled_from):
+        yield group, build(engine, group)
 
 
 def _trie_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
@@ -145,14 +148,40 @@ def forward_loss(engine: Engine, forward: Forward) -> torch.Tensor:
 
     A trie runs only inside `running`.
     """
+    head = None if engine.kind == "plain" else find_head(engine.transformer)
+    edges = {"parents_E": forward.parents_E, "targets_E": forward.targets_E, "weights_E": forward.weights_E}
+    if head is not None:
+        return edge_loss(hidden_states(engine, forward), head, **edges)
+    losses_E = F.cross_entropy(_logits_by_model(engine, forward).float(), forward.targets_E, reduction="none")
+    return (losses_E * forward.weights_E).sum()
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def forward_scores(engine: Engine, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy [E] (fp32, nats) at each edge, and whether its target is the likeliest token [E].
+
+    A trie runs only inside `running`.
+    """
+    head = None if engine.kind == "plain" else find_head(engine.transformer)
+    if head is not None:
+        return edge_scores(
+            hidden_states(engine, forward), head, parents_E=forward.parents_E, targets_E=forward.targets_E
+        )
+    logits_EV = _logits_by_model(engine, forward).float()
+    losses_E = F.cross_entropy(logits_EV, forward.targets_E, reduction="none")
+    return losses_E, logits_EV.argmax(-1) == forward.targets_E
+
+
+def hidden_states(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the last hidden states [BT, D] of one forward, rows one behind the other."""
+    _prepare_scaling(engine, forward)
+    hidden_BTD: torch.Tensor = engine.transformer.base_model(**_inputs(forward)).last_hidden_state
+    return hidden_BTD.flatten(0, 1)
+
+
+def _prepare_scaling(engine: Engine, forward: Forward) -> None:
     if engine.scaled_from is not None and forward.num_positions > engine.scaled_from:
         _forget_scaling(engine.transformer)
-    head = None if engine.kind == "plain" else find_head(engine.transformer)
-    if head is None:
-        return _loss_by_model_head(engine, forward)
-    edges = {"parents_E": forward.parents_E, "targets_E": forward.targets_E, "weights_E": forward.weights_E}
-    hidden_BTD = engine.transformer.base_model(**_inputs(forward)).last_hidden_state
-    return edge_loss(hidden_BTD.flatten(0, 1), head, **edges)
 
 
 def _forget_scaling(transformer: Any) -> None:
@@ -172,14 +201,15 @@ def _inputs(forward: Forward) -> dict[str, Any]:
     return inputs
 
 
-def _loss_by_model_head(engine: Engine, forward: Forward) -> torch.Tensor:
-    """The same loss by the model's own head: logits from the first learned position on."""
+def _logits_by_model(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the logits [E, V] at the edges' parents by the model's own head, from the first learned position on."""
+    _prepare_scaling(engine, forward)
     num_tokens = forward.input_ids_BT.shape[1]
     rows_E, columns_E = forward.parents_E // num_tokens, forward.parents_E % num_tokens
     first = int(columns_E.min())
     logits_BKV = engine.model(**_inputs(forward), logits_to_keep=num_tokens - first).logits
-    losses_E = F.cross_entropy(logits_BKV[rows_E, columns_E - first].float(), forward.targets_E, reduction="none")
-    return (losses_E * forward.weights_E).sum()
+    logits_EV: torch.Tensor = logits_BKV[rows_E, columns_E - first]
+    return logits_EV
 
 
 def scaled_from(model: Any) -> int | None:
@@ -228,14 +258,20 @@ def train_step(
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
     """Return the mean loss (nats a learned token) of `pairs` without dropout; the model's mode is restored."""
-    was_training = engine.model.training
-    engine.model.eval()
-    try:
-        with running(engine):
-            loss_sum = sum(forward_loss(engine, forward).item() for forward in make_forwards(engine, pairs))
-    finally:
-        engine.model.train(was_training)
+    with evaluating(engine.model), running(engine):
+        loss_sum = sum(forward_loss(engine, forward).item() for forward in make_forwards(engine, pairs))
     return float(loss_sum) / sum(len(pair.answer_ids) for pair in pairs)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off inside the block; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def dropout_seed(seed: int, step: int, *, forward: int) -> int:

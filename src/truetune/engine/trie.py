@@ -84,6 +84,28 @@ def build_trie(pairs: Sequence[Pair]) -> Trie:
     )
 
 
+def path_of(trie: Trie, tokens: Sequence[int]) -> np.ndarray:
+    """Return the nodes that read `tokens`, from the root on.
+
+    The first child of node k is k + 1, the next one begins where it ends:
+
+        ids   S  A  x  B  y         path of (S, B, y) = (0, 3, 4)
+        ends  5  3  3  5  5
+
+    Raises: ValueError if the trie does not hold them.
+    """
+    nodes = np.empty(len(tokens), np.int64)
+    node = 0
+    for depth, token in enumerate(tokens):
+        while node < len(trie) and trie.token_ids_N[node] != token and trie.positions_N[node] == depth:
+            node = int(trie.ends_N[node])
+        if node >= len(trie) or trie.positions_N[node] != depth:
+            raise ValueError(f"no such path in the trie: token {token} at depth {depth}")
+        nodes[depth] = node
+        node += 1
+    return nodes
+
+
 def _inputs(pair: Pair) -> tuple[int, ...]:
     """Return the tokens of a pair that the model reads."""
     return (pair.prompt_ids + pair.answer_ids)[:-1]
