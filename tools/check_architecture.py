@@ -19,11 +19,8 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {"messages.en", "messages.en_faults", "messages.zh", "messages.zh_faults"},
-    "messages.en": set(),
-    "messages.en_faults": set(),
-    "messages.zh": set(),
-    "messages.zh_faults": set(),
+    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report")},
+    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report")},
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -76,6 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "records", "data.template", "model"},
     "evaluate": {"records", "engine.*"},
     "samples": {"records", "engine.step", "data.template", "generate"},
+    "forgetting": {"records", "engine.*", "data.template", "generate"},
+    "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting"},
+    "diagnosis": {"card"},
+    "report": {"console", "disk", "messages"},
     "identity": {"disk", "errors", "records", "data.template"},
     "trackers": {"errors", "config", "signals"},
     "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
@@ -102,8 +103,11 @@ MAY_IMPORT: dict[str, set[str]] = {
             "checkpoint",
             "trackers",
             "assembly",
+            "card",
+            "diagnosis",
             "output",
             "preflight",
+            "report",
         )
     },
     "use": {"errors", "records", "rundir", "data.template", "model", "checkpoint", "identity", "generate"},

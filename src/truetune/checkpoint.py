@@ -207,14 +207,19 @@ def _shown(name: str, then: str, now: str) -> str:
     return f" ({then} → {now})" if name.startswith("config.") else ""
 
 
+def load_weights(folder: Path, model: Any) -> None:
+    """Put the adapter of a checkpoint, or of a run's adapter/, into `model`, which has LoRA of the same shape."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(str(folder / ADAPTER)))
+
+
 def load(folder: Path, state: State) -> int:
     """Put a checkpoint into the model, optimizer and scheduler of `state`; return its step.
 
     Learning rate and weight decay are those of `state`, at the checkpoint's step; if nothing changed, the same bits.
     """
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(state.model, load_file(str(folder / ADAPTER)))
+    load_weights(folder, state.model)
     values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     scheduler = state.scheduler
     at = values["scheduler"]["last_epoch"]

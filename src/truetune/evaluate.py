@@ -1,20 +1,105 @@
-"""What is measured on rows that were not trained."""
+"""What is measured on rows: loss, perplexity, token accuracy; how many rows, and how often, a run can afford."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from truetune.engine.score import Score, score
 from truetune.engine.step import Engine, held_out_loss
-from truetune.records import Row, pairs_of
+from truetune.records import Pair, Row, pairs_of
 
-MAX_SHARE = 0.05
-"""Evaluations take about this share of a run's time at most, unless the user says otherwise."""
+MAX_SHARE = 0.03
+"""Evaluations take about this share of a run's time at most, unless the user says otherwise; with samples and report
+it is 5 %."""
 
 STEP_COST = 2.2
 """Time of a training step over that of its forward alone: LoRA's backward skips the frozen weights' gradient."""
 
 MAX_EVALUATIONS = 10
 MIN_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model makes of rows. Losses are means in nats a token; shares are between 0 and 1.
+
+    `loss`: over all learned tokens. `answer_loss`: over those that the rows gave; `template_loss`: over those that the
+    template wrote, which flatter the loss. `token_accuracy`: the rows' tokens that were the likeliest.
+    `stop_accuracy`: the ends of answers where stopping was the likeliest.
+    """
+
+    loss: float
+    answer_loss: float
+    template_loss: float
+    token_accuracy: float
+    stop_accuracy: float
+    num_rows: int
+    num_tokens: int
+    num_template_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of the answers: among how many equally likely tokens the model would be choosing."""
+        return math.exp(min(self.answer_loss, MAX_EXPONENT))
+
+
+MAX_EXPONENT = 700.0
+"""e to more than this is no float."""
+
+
+def is_template(pair: Pair) -> np.ndarray:
+    """Return which of a pair's `answer_ids` the template wrote [A]: the stop token, and what it puts before an answer.
+
+    <think> \\n\\n </think> \\n\\n  I  am  Ebba  <|im_end|>          num_template_tokens = 5
+       1     1      1     1    0   0    0        1
+    """
+    is_template_A = np.zeros(len(pair.answer_ids), bool)
+    is_template_A[: pair.num_template_tokens - 1] = True
+    is_template_A[-1] = True
+    return is_template_A
+
+
+def row_losses(rows: Sequence[Row], scores: Sequence[Score]) -> list[float]:
+    """Return each row's mean loss over its answers' own tokens; `scores`: of the rows' pairs."""
+    ends = np.cumsum([len(row.pairs) for row in rows])
+    masks = [~is_template(pair) for pair in pairs_of(rows)]
+    losses = []
+    for row, end in zip(rows, ends, strict=True):
+        start = end - len(row.pairs)
+        own = [score.losses_A[mask] for score, mask in zip(scores[start:end], masks[start:end], strict=True)]
+        losses.append(_mean(np.concatenate(own)))
+    return losses
+
+
+def rate(rows: Sequence[Row], scores: Sequence[Score]) -> Metrics:
+    """Return what the scores of the rows' pairs say together."""
+    masks = [is_template(pair) for pair in pairs_of(rows)]
+    is_template_E = np.concatenate(masks)
+    losses_E = np.concatenate([score.losses_A for score in scores])
+    is_likeliest_E = np.concatenate([score.is_likeliest_A for score in scores])
+    return Metrics(
+        loss=_mean(losses_E),
+        answer_loss=_mean(losses_E[~is_template_E]),
+        template_loss=_mean(losses_E[is_template_E]),
+        token_accuracy=_mean(is_likeliest_E[~is_template_E]),
+        stop_accuracy=_mean(np.array([score.is_likeliest_A[-1] for score in scores])),
+        num_rows=len(rows),
+        num_tokens=len(losses_E),
+        num_template_tokens=int(is_template_E.sum()),
+    )
+
+
+def measure(engine: Engine, rows: Sequence[Row]) -> Metrics:
+    """Return the metrics of the engine's model, as it is now, on `rows`."""
+    return rate(rows, score(engine, pairs_of(rows)))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def loss_evaluator(engine: Engine, rows: Sequence[Row]) -> Callable[[], float | None]:

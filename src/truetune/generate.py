@@ -46,13 +46,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it is shown. `num_tokens`: of what was generated, the stop token included.
+    """An answer as it is shown. `token_ids`: what was generated, the stop token included.
 
     `is_ended`: the model ended its turn itself; False where `max_new_tokens` did.
     """
 
     text: str
-    num_tokens: int
+    token_ids: tuple[int, ...]
     is_ended: bool
 
 
@@ -85,7 +85,7 @@ def _reply(renderer: Renderer, ids: list[int]) -> Reply:
     """Return what was generated, without the padding behind its stop token."""
     end = min((ids.index(stop) for stop in renderer.stop_ids if stop in ids), default=None)
     kept = ids if end is None else ids[: end + 1]
-    return Reply(_shown(renderer.tokenizer.decode(kept, skip_special_tokens=True)), len(kept), end is not None)
+    return Reply(_shown(renderer.tokenizer.decode(kept, skip_special_tokens=True)), tuple(kept), end is not None)
 
 
 @contextmanager

@@ -37,6 +37,14 @@ class RunDir:
         self._waiting: dict[Path, bytes] = {}
 
     @property
+    def adapter_step(self) -> int | None:
+        """The step whose weights adapter/ holds; None if there is none yet."""
+        try:
+            return int(read_manifest(self.adapter)["step"])
+        except (OSError, ValueError):
+            return None
+
+    @property
     def is_run(self) -> bool:
         """True if the folder holds a run."""
         return self.run_json.is_file()
@@ -143,16 +151,8 @@ def outcome(run: RunDir) -> Run:
     losses = {event["step"]: event["eval_loss"] for event in events if event["kind"] == "eval"}
     before = next(iter(losses.values()), None)
     last = next(reversed(losses.values())) if len(losses) > 1 else None
-    after = losses.get(_adapter_step(run), last)
+    after = losses.get(run.adapter_step, last)
     return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
-
-
-def _adapter_step(run: RunDir) -> int | None:
-    """Return the step whose weights are the result; None if there is none yet."""
-    try:
-        return int(read_manifest(run.adapter)["step"])
-    except (OSError, ValueError):
-        return None
 
 
 def next_run_path(data: str, model: str, *, root: Path = Path("runs")) -> Path:

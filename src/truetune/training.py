@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
-from truetune import checkpoint, disk, trackers
+from truetune import checkpoint, disk, report, trackers
 from truetune.assembly import Assembly, assemble
+from truetune.card import Subject, make_card
 from truetune.config import Settings, load_yaml
 from truetune.console import Console
+from truetune.diagnosis import diagnose
 from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
 from truetune.lock import RunLock, refuse_locked
 from truetune.output import Saver, record, recorded_state, write_start
@@ -65,8 +67,6 @@ def train(
         with recorded_state(run):
             _train(run, assembly, flight, console, start=start)
         result = outcome(run)
-    console.say("train.done", path=run.adapter)
-    console.say("train.chat", path=path)
     return result
 
 
@@ -134,6 +134,30 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
         console.say("train.best", step=checkpoint.step_of(chosen), loss=watch.best_loss)
     if stopped_by is not None and step < assembly.loop.plan.num_steps:
         raise Stopped(stopped_by, where=str(run.path))
+    if chosen is not None:
+        with console.status("status.report"):
+            _write_report(run, assembly, flight, lang=console.lang)
+
+
+def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: str) -> None:
+    """Compare what adapter/ holds, read from there, with the base, and write the report card."""
+    model, events = assembly.loop.engine.model, list(run.read_events())
+    if not any(event["kind"] == "step" for event in events):
+        return
+    checkpoint.load_weights(run.adapter, model)
+    config = assembly.settings.config
+    subject = Subject(
+        run.path.name, flight.base.title, config.data, events, step=run.adapter_step or 0, seed=config.seed
+    )
+    card = make_card(
+        assembly.loop.engine,
+        flight.renderer,
+        subject=subject,
+        trained=flight.prepared.train,
+        held_out=assembly.held_out,
+    )
+    findings = [asdict(finding) for finding in diagnose(card)]
+    report.write(run.path, card.to_dict() | {"findings": findings}, lang=lang)
 
 
 def _take_steps(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from truetune import report
 from truetune.config import Settings, resolve
 from truetune.errors import UserError
 from truetune.messages import text
@@ -46,8 +47,8 @@ def command(lang: str) -> click.Command:
         console.say("demo.intro", model=Path(str(settings.config.model)).name)
         result = train(settings, console)
         compare(result.path, console)
-        before, after = result.eval_loss_before or 0.0, result.eval_loss_after or 0.0
-        console.say("demo.loss", before=before, after=after, change=after / before - 1)
+        console.blank()
+        report.show(result.path, console)
         console.say("demo.next", path=result.path)
 
     return click.Command(

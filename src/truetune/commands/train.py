@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from truetune import report
 from truetune.cli import config_options, given
 from truetune.config import resolve
 from truetune.messages import text
@@ -34,7 +35,11 @@ def command(lang: str) -> click.Command:
         from truetune.console import Console
         from truetune.training import train
 
-        train(settings, Console(lang), resume=resume, allow_changed=allow_changed, skip_bad=skip_bad)
+        console = Console(lang)
+        result = train(settings, console, resume=resume, allow_changed=allow_changed, skip_bad=skip_bad)
+        console.blank()
+        report.show(result.path, console)
+        console.say("train.chat", path=result.path)
 
     return click.Command(
         "train",

@@ -6,10 +6,12 @@ from typing import Any
 
 from truetune.messages.en import TEXTS as ENGLISH
 from truetune.messages.en_faults import TEXTS as ENGLISH_FAULTS
+from truetune.messages.en_report import TEXTS as ENGLISH_REPORT
 from truetune.messages.zh import TEXTS as CHINESE
 from truetune.messages.zh_faults import TEXTS as CHINESE_FAULTS
+from truetune.messages.zh_report import TEXTS as CHINESE_REPORT
 
-CATALOGUES = {"en": ENGLISH | ENGLISH_FAULTS, "zh": CHINESE | CHINESE_FAULTS}
+CATALOGUES = {"en": ENGLISH | ENGLISH_FAULTS | ENGLISH_REPORT, "zh": CHINESE | CHINESE_FAULTS | CHINESE_REPORT}
 
 
 def text(key: str, lang: str = "en", **values: Any) -> str:

@@ -66,7 +66,7 @@ TEXTS = {
     "field.gradient_checkpointing": "Save memory by computing activations twice: true, false or auto (only if needed).",
     "field.max_tokens_per_forward": "Tokens computed at once, or auto.",
     "field.logging_steps": "Steps between lines on screen and in trackers; events.jsonl has every step.",
-    "field.eval_steps": "Steps between evaluations, or auto (about 5 % of the time, at most 10).",
+    "field.eval_steps": "Steps between evaluations, or auto (about 3 % of the time, at most 10).",
     "field.save_steps": "Steps between checkpoints, or auto (about 20 a run).",
     "field.save_total_limit": "Checkpoints kept.",
     "field.result": "Which checkpoint becomes adapter/: best (held-out loss) or last; auto: best if rows are held out.",
@@ -190,7 +190,6 @@ TEXTS = {
     "demo.intro": "Teaching {model} to be Ebba Thorne, keeper of Gull Rock Light.",
     "demo.asking": "Asking base and tuned model questions that are in no row",
     "demo.facts": "Answers that name the fact: base {base} of {total}, tuned {tuned} of {total}.",
-    "demo.loss": "Loss on held-out rows: base {before:.3f}, tuned {after:.3f} ({change:+.0%}).",
     "demo.next": "Talk to her: truetune chat {path}",
     # --- labels ---
     "label.rows_read": "rows read",

@@ -66,7 +66,7 @@ TEXTS = {
     "field.gradient_checkpointing": "激活值算两遍以省内存：true、false 或 auto（需要时才用）。",
     "field.max_tokens_per_forward": "一次计算的 token 数，或 auto。",
     "field.logging_steps": "屏幕和跟踪器每隔几步一行；events.jsonl 每步都有。",
-    "field.eval_steps": "每隔几步评估一次，或 auto（约占 5 % 的时间，最多 10 次）。",
+    "field.eval_steps": "每隔几步评估一次，或 auto（约占 3 % 的时间，最多 10 次）。",
     "field.save_steps": "每隔几步存一个检查点，或 auto（每次训练约 20 个）。",
     "field.save_total_limit": "保留几个检查点。",
     "field.result": "哪个检查点成为 adapter/：best（留出样本损失最低）或 last；auto：有留出样本时为 best。",
@@ -185,7 +185,6 @@ TEXTS = {
     "demo.intro": "教 {model} 成为 Gull Rock 灯塔的守塔人 Ebba Thorne。",
     "demo.asking": "用训练里没有的问题，分别问基座和训练后的模型",
     "demo.facts": "说出事实的回答：基座 {base}/{total}，训练后 {tuned}/{total}。",
-    "demo.loss": "留出样本的损失：基座 {before:.3f}，训练后 {after:.3f}（{change:+.0%}）。",
     "demo.next": "与她对话：truetune chat {path}",
     # --- 标签 ---
     "label.rows_read": "读取的样本",
