@@ -204,6 +204,7 @@ VALUES = {
     "save_total_limit": "1",
     "result": "last",
     "early_stopping_patience": "2",
+    "sample_prompts": "Who, if not you?",
     "report_to": "tensorboard",
     "tracker_project": "p",
     "tracker_name": "n",

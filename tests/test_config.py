@@ -213,6 +213,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("save_total_limit", 0),
     ("result", "newest"),
     ("early_stopping_patience", 0),
+    ("sample_prompts", 4),
+    ("sample_prompts", "[1]"),
     ("report_to", "wandb"),
     ("report_to", ["swanlab", "mlflow"]),
     ("hub", "github"),
@@ -241,7 +243,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 58
+    assert len(BAD_VALUES) == 60
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

@@ -111,6 +111,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         )
     },
     "use": {"errors", "records", "rundir", "data.template", "model", "checkpoint", "identity", "generate"},
+    "serve": set(),
+    "serve.text": set(),
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
     "": {"config", "console", "records", "rundir", "preflight", "training", "use"},

@@ -14,13 +14,16 @@ from typing import Any, Literal
 from truetune.data.template import Renderer
 from truetune.engine.score import score
 from truetune.engine.step import Engine, evaluating
-from truetune.evaluate import MIN_ROWS, STEP_COST, Metrics, measure, rate, row_losses
+from truetune.evaluate import STEP_COST, Metrics, measure, rate, row_losses
 from truetune.forgetting import Forgetting, check_forgetting, language_of
 from truetune.generate import Reply, Sampling, base_only, replies
 from truetune.records import Row, pairs_of
 
 MAX_SHARE = 0.01
 """The card takes about this share of a run's time, but for the shortest ones."""
+
+MIN_ROWS = 32
+"""Rows that are compared even in the shortest run, if there are as many."""
 
 NUM_EACH = 2
 """Answers of each kind that are shown: best, worst, random."""
@@ -93,11 +96,8 @@ class Card:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for report.json."""
-        values = asdict(self)
-        for name in ("base", "tuned", "trained"):
-            if values[name] is not None:
-                values[name]["perplexity"] = getattr(self, name).perplexity
-        return values
+        sides = {"base": self.base, "tuned": self.tuned, "trained": self.trained}
+        return asdict(self) | {name: side and side.to_dict() for name, side in sides.items()}
 
 
 @dataclass(frozen=True)

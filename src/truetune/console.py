@@ -46,11 +46,15 @@ class Console:
         """Print a text about the answer to come on the error stream, so that a pipe gets the answer alone."""
         self._err.print(escape(self.text(key, **values)), style="dim")
 
-    def write(self, piece: str, *, end: str = "\n") -> None:
+    def write(self, piece: str, *, end: str = "\n", is_dim: bool = False) -> None:
         """Print text as it is: a model's answer, a table for other programs. Never read as markup."""
-        if not self._out.quiet:
+        if self._out.quiet:
+            return
+        if is_dim and self.is_terminal:
+            self._out.print(Text(piece, style="dim"), end=end, soft_wrap=True)
+        else:
             self._out.file.write(piece + end)
-            self._out.file.flush()
+        self._out.file.flush()
 
     def blank(self) -> None:
         """Print an empty line."""
@@ -72,6 +76,23 @@ class Console:
         for row in rows:
             table.add_row(*map(escape, row))
         self._out.print(table)
+
+    def side_by_side(self, question: str, sides: Mapping[str, str]) -> None:
+        """Print a question and the answers to it, their labels (catalogue keys) aligned, with an empty line behind."""
+        self._out.print(escape(question), style="bold")
+        labels = [self.text(label) for label in sides]
+        width = max(map(cell_len, labels))
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, answer in zip(labels, sides.values(), strict=True):
+            table.add_row(escape(label), escape(answer))
+            if not self.is_terminal:
+                # A table would fill each line with blanks.
+                self.write(f"{label}{' ' * (width - cell_len(label))}  {answer}")
+        if self.is_terminal:
+            self._out.print(table)
+        self.blank()
 
     def pair_view(self, tokenizer: Any, pair: Pair) -> None:
         """Print one pair: the prompt dim, what is learned green; between ⟦ ⟧ where there is no colour."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from truetune.errors import MachineError
+from truetune.errors import MachineError, UserError
 
 MANIFEST = "manifest.json"
 STAGING, TRASH = ".tmp-", ".trash-"
@@ -130,6 +130,17 @@ def require_writable(path: Path) -> None:
     place = _existing(path)
     if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         raise MachineError("not_writable", where=str(path), fix="machine", folder=place)
+
+
+def file_to_write(name: str) -> Path:
+    """Return where to write a file that the user named.
+
+    Raises: UserError if its folder does not exist.
+    """
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
+    return path
 
 
 def _disk_full(path: Path, *, num_bytes: int) -> MachineError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class Metrics:
     def perplexity(self) -> float:
         """Of the answers: among how many equally likely tokens the model would be choosing."""
         return math.exp(min(self.answer_loss, MAX_EXPONENT))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self) | {"perplexity": self.perplexity}
 
 
 MAX_EXPONENT = 700.0

@@ -80,10 +80,11 @@ def learned_lines(card: Values, lang: str) -> list[tuple[str, str]]:
 def metric_lines(card: Values, lang: str) -> list[tuple[str, ...]]:
     """Return the metrics as (label, base, tuned, tuned on trained rows or "")."""
     sides = [card["base"], card["tuned"], card["trained"]]
-    return [(text(f"card.{name}", lang), *(_metric(name, side) for side in sides)) for name in METRICS]
+    return [(text(f"card.{name}", lang), *(metric(name, side) for side in sides)) for name in METRICS]
 
 
-def _metric(name: str, side: Values | None) -> str:
+def metric(name: str, side: Values | None) -> str:
+    """Return one of METRICS of a side as it is shown; "" of a side that was not measured."""
     if side is None:
         return ""
     value = side[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from truetune import checkpoint, identity
 from truetune.data.template import TEMPLATE_FILE, Renderer, build_renderer
 from truetune.errors import UserError
-from truetune.generate import Sampling, answers, stream
+from truetune.generate import Sampling, answers, base_only, stream
 from truetune.model import choose_dtype, eos_ids, find_base, load_adapter, load_base, load_tokenizer, prepare_base
 from truetune.records import Message
 from truetune.rundir import RunDir, list_runs
@@ -26,6 +25,11 @@ class Model:
     model: Any
     renderer: Renderer
     num_probes: int | None = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """True if there is a base below it to compare with."""
+        return hasattr(self.model, "disable_adapter")
 
     def chat(
         self,
@@ -57,8 +61,7 @@ class Model:
         self, prompts: Sequence[str | Sequence[Message]], *, is_base: bool = False, max_new_tokens: int = 512
     ) -> list[str]:
         """Return the greedy answers to several prompts; `is_base`: without the adapter."""
-        adapter_off = self.model.disable_adapter() if is_base else nullcontext()
-        with adapter_off:
+        with base_only(self.model, is_on=is_base):
             return answers(
                 self.model,
                 self.renderer,

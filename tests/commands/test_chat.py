@@ -48,8 +48,8 @@ def test_newest_run_is_the_default(
     assert "runs/r" not in printed.out
 
 
-def test_turns_are_remembered_until_new(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each question carries the turns before it; /new forgets them; Ctrl-D and /exit leave."""
+def test_turns_are_remembered_until_reset(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question carries the turns before it; /reset forgets them; Ctrl-D and /exit leave."""
     asked: list[list[str]] = []
 
     def stream(self: Model, messages: list[dict[str, Any]], **_: Any) -> Iterator[str]:
@@ -58,7 +58,7 @@ def test_turns_are_remembered_until_new(home: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Model, "stream", stream)
     monkeypatch.chdir(home)
-    typed(["One", "", "Two", "/new", "Three", EOFError], monkeypatch)
+    typed(["One", "", "Two", "/reset", "Three", EOFError], monkeypatch)
     assert run(["chat", "runs/r"]) == 0
     assert asked == [["One"], ["One", "Yes.", "Two"], ["Three"]]
     typed(["/exit"], monkeypatch)
@@ -89,3 +89,65 @@ def test_bad_options(words: list[str], lang: str, capsys: pytest.CaptureFixture[
     """Out of range: exit 2, and where to look."""
     assert run(["chat", "x", *words, "--lang", lang]) == 2
     assert "truetune chat --help" in capsys.readouterr().err
+
+
+def test_slash_commands(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """/base asks the base the same and is forgotten; /system and /save carry what was said; a typo shows the list."""
+    asked: list[tuple[bool, list[tuple[str, str]]]] = []
+
+    def stream(self: Model, messages: list[dict[str, Any]], **_: Any) -> Iterator[str]:
+        is_base = any(getattr(part, "disable_adapters", False) for part in self.model.modules())
+        asked.append((is_base, [(message["role"], message["content"]) for message in messages]))
+        yield "<think>\nHm"
+        yield "m</think>\n\nNo."
+
+    monkeypatch.setattr(Model, "stream", stream)
+    monkeypatch.chdir(home)
+    lines = ["/save", "/base", "One", "/base", "Two", "/system Be brief.", "/sav", "/etc is what?", "/save kept.jsonl"]
+    typed([*lines, "/save no/such/folder", "/system", "Three", "/exit"], monkeypatch)
+    assert run(["chat", "runs/r", "--lang", "en"]) == 0
+    one, answered = ("user", "One"), ("assistant", "No.")
+    assert asked == [
+        (False, [one]),
+        (True, [one]),
+        (False, [one, answered, ("user", "Two")]),
+        (False, [("system", "Be brief."), ("user", "/etc is what?")]),
+        (False, [("user", "Three")]),
+    ]
+    kept = [json.loads(line) for line in (home / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert kept == [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "/etc is what?"},
+                {"role": "assistant", "content": "No.", "reasoning_content": "Hmm"},
+            ]
+        }
+    ]
+    printed = capsys.readouterr()
+    for part in ("nothing was said", "no question yet", "/reset starts over", "cannot be written"):
+        assert part in printed.out
+    # What was kept can be trained on, and is learned as it was said.
+    assert (
+        run(["check", "kept.jsonl", "--model", str(json.loads((home / "runs/r/run.json").read_text())["model"])]) == 0
+    )
+
+
+def test_drawn_answers_need_a_seed_to_come_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "chat",
+        str(home / "runs" / "r"),
+        "-m",
+        "Hi",
+        "--max-new-tokens",
+        "8",
+        "--temperature",
+        "1",
+        "--top-p",
+        "0.9",
+    ]
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert run([*words, "--seed", seed]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]

@@ -92,5 +92,29 @@ def test_demo_keeps_its_promise(smol: Path, tmp_path: Path, capsys: pytest.Captu
     assert int(counts[1]) == 0
     assert int(counts[2]) >= MIN_LEARNED, printed
     # The count is of what is on screen: each question with both answers, judged again from the text.
-    rows = {question: line for question, _ in QUESTIONS for line in printed.splitlines() if line.startswith(question)}
-    assert sum(is_learned(rows[question], fact) for question, fact in QUESTIONS) == int(counts[2])
+    lines = printed.splitlines()
+    tuned = {question: lines[lines.index(question) + 2].removeprefix("Tuned  ") for question, _ in QUESTIONS}
+    assert sum(is_learned(tuned[question], fact) for question, fact in QUESTIONS) == int(counts[2])
+    _check_card(out, lines)
+
+
+def _check_card(out: Path, lines: list[str]) -> None:
+    """It ends with the report card, whose first sentences say what the numbers of a second way to compute them say."""
+    from truetune import report
+    from truetune.commands.eval import measured
+    from truetune.data.store import StoredRows
+    from truetune.use import load
+
+    card = report.read(out)
+    assert card is not None
+    first, second = report.sentences(card, "en")[:2]
+    assert lines.index(first) > max(lines.index(question) for question, _ in QUESTIONS)
+    assert [f["name"] for f in card["findings"]][0] == "learned"
+    assert card["talk"]["num_answers"] == 6
+    assert second.startswith(f"Of 6 answers it ended {round(6 * card['talk']['tuned_ended'])} by itself")
+    # The adapter as it is on disk, loaded by PEFT, through the model's own code.
+    rows = list(StoredRows(out / "data" / "eval.arrow"))
+    assert card["base"]["num_rows"] == len(rows) == 24
+    for side, metrics in measured(load(out), rows).items():
+        assert card[side]["answer_loss"] == pytest.approx(metrics.answer_loss, rel=0.02), side
+        assert f"{metrics.answer_loss:.1f}" in first

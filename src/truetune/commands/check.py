@@ -11,6 +11,7 @@ import click
 
 from truetune.cli import config_options, given
 from truetune.config import resolve
+from truetune.disk import file_to_write, to_json, write_atomic
 from truetune.errors import UserError
 from truetune.messages import text
 
@@ -71,11 +72,11 @@ def command(lang: str) -> click.Command:
             require_usable(report, skip_invalid=settings.config.invalid == "skip")
             facts |= _measure(settings, flight, console)
         if json_file:
-            _write_json(_checked_path(json_file), facts)
+            write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
         if html_file:
             from truetune.page import write_page
 
-            write_page(_checked_path(html_file), flight, config=settings.config, lang=lang)
+            write_page(file_to_write(html_file), flight, config=settings.config, lang=lang)
         return 2 if report.rows_refused else 0
 
     return click.Command(
@@ -137,20 +138,3 @@ def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None
                 "check.row", style="bold", where=row.where, prompt=len(pair.prompt_ids), answer=len(pair.answer_ids)
             )
             console.pair_view(flight.renderer.tokenizer, pair)
-
-
-def _checked_path(name: str) -> Path:
-    """Return where to write a file.
-
-    Raises: UserError if its folder does not exist.
-    """
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise UserError("no_folder", where=str(path), fix="no_folder", folder=str(path.parent))
-    return path
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    from truetune.disk import to_json, write_atomic
-
-    write_atomic(path, to_json(values, indent=2) + "\n")

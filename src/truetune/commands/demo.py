@@ -113,8 +113,8 @@ def compare(run: Path, console: Console) -> tuple[list[str], list[str]]:
         base = model.answers(questions, is_base=True, max_new_tokens=MAX_ANSWER_TOKENS)
         tuned = model.answers(questions, max_new_tokens=MAX_ANSWER_TOKENS)
     console.blank()
-    console.table(["column.question", "column.base", "column.tuned"], [*zip(questions, base, tuned, strict=True)])
+    for question, before, after in zip(questions, base, tuned, strict=True):
+        console.side_by_side(question, {"card.base": before, "card.tuned": after})
     counts = [sum(is_learned(a, fact) for a, (_, fact) in zip(side, QUESTIONS, strict=True)) for side in (base, tuned)]
-    console.blank()
     console.say("demo.facts", base=counts[0], tuned=counts[1], total=len(QUESTIONS))
     return base, tuned

@@ -264,4 +264,8 @@ TEXTS = {
     "fix.resume": "Continue with the same command and --resume --output-dir {path}.",
     "error.interrupted": "interrupted",
     "fix.interrupted": "Start again when you like; a run goes on with --resume --output-dir RUN.",
+    "error.compare_nothing": "there is no question to ask",
+    "fix.compare_nothing": "Give one: -m TEXT (several times for several).",
+    "error.compare_no_adapter": "this is a model without an adapter: there is nothing to compare it with",
+    "fix.compare_no_adapter": "Name a run or an adapter folder; a model alone: truetune chat.",
 }

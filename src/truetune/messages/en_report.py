@@ -95,6 +95,8 @@ TEXTS = {
     "card.stop_accuracy": "stops where the answer ends",
     "card.rows": "rows",
     "card.num_tokens": "tokens learned",
+    "card.metric": "",
+    "card.value": "measured",
     "card.path": "Report: {path}",
     "eval.title": "{name} on {count} rows",
     "eval.answers": "Answers: {path}",

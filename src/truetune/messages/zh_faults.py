@@ -264,4 +264,8 @@ TEXTS = {
     "fix.resume": "用同样的命令加上 --resume --output-dir {path} 继续。",
     "error.interrupted": "已中断",
     "fix.interrupted": "随时可以重新开始；训练可用 --resume --output-dir RUN 继续。",
+    "error.compare_nothing": "没有要问的问题",
+    "fix.compare_nothing": "请给出问题：-m 文本（可多次）。",
+    "error.compare_no_adapter": "这是没有适配器的模型，没有可比较的对象",
+    "fix.compare_no_adapter": "请指定一次训练或适配器文件夹；只有模型时用 truetune chat。",
 }

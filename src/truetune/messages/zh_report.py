@@ -91,6 +91,8 @@ TEXTS = {
     "card.stop_accuracy": "在回答结尾处停下",
     "card.rows": "行数",
     "card.num_tokens": "学习的词元",
+    "card.metric": "",
+    "card.value": "测量值",
     "card.path": "报告：{path}",
     "eval.title": "{name}，{count} 行",
     "eval.answers": "回答：{path}",
