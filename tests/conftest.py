@@ -124,3 +124,17 @@ def rows() -> list[dict[str, str]]:
 def has_package(name: str) -> bool:
     """True if a package is installed (it is not imported)."""
     return importlib.util.find_spec(name) is not None
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on the tiny model, with held-out rows and a system prompt; not to be changed."""
+    from truetune.cli import run
+
+    folder = tmp_path_factory.mktemp("small")
+    rows = [{"instruction": f"Number {n}?", "output": f"{n}, it is <b>{n}</b>."} for n in range(40)]
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    keys = ["--max-steps", "4", "--learning-rate", "2e-2", "--eval-split", "0.25", "--eval-steps", "2"]
+    words = ["train", str(folder / "data.json"), "--model", str(tiny_qwen), *keys, "--system", "Count."]
+    assert run([*words, "--attention", "trie", "--output-dir", str(folder / "run")]) == 0
+    return folder / "run"

@@ -18,6 +18,7 @@ from truetune.cli import COMMANDS, Program, run
 from truetune.commands.check import KEYS
 from truetune.config import PER_DEVICE_KEYS, Config, Settings
 from truetune.errors import NumericsError, Stopped, TruetuneError, UserError, out_of_memory
+from truetune.rundir import Run
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "numpy", "pyarrow", "safetensors")
 
@@ -53,12 +54,13 @@ def replace_train(monkeypatch: Patch, function: Callable[..., Any]) -> None:
 
 
 @pytest.fixture
-def trained(monkeypatch: Patch) -> list[Any]:
+def trained(monkeypatch: Patch, tmp_path: Path) -> list[Any]:
     """Collect what `train` is called with, in place of training."""
     calls: list[Any] = []
 
-    def train(settings: Settings, console: Any, *, resume: bool = False, **going: Any) -> None:
+    def train(settings: Settings, console: Any, *, resume: bool = False, **going: Any) -> Run:
         calls.append((settings, console, resume, going))
+        return Run(tmp_path, 0, None, None, None)
 
     replace_train(monkeypatch, train)
     return calls

@@ -118,7 +118,8 @@ def make_card(
     """Measure the engine's adapter against its base. `held_out`: may be empty; then trained rows are shown."""
     steps = [event for event in subject.events if event["kind"] == "step"]
     num_trained_rows = sum(event["rows"] for event in steps)
-    rows = list(held_out or trained)[: max(int(MAX_SHARE * STEP_COST * num_trained_rows / 3), MIN_ROWS)]
+    num_compared = max(int(MAX_SHARE * STEP_COST * num_trained_rows / 3), MIN_ROWS)
+    rows = list((held_out if len(held_out) else trained)[:num_compared])
     with base_only(engine.model):
         base = score(engine, pairs_of(rows))
     tuned = score(engine, pairs_of(rows))
@@ -136,10 +137,10 @@ def make_card(
         num_steps=steps[-1]["step"],
         step=subject.step,
         learning_rate=max(event["learning_rate"] for event in steps),
-        is_held_out=bool(held_out),
+        is_held_out=len(held_out) > 0,
         base=rate(rows, base),
         tuned=rate(rows, tuned),
-        trained=measure(engine, list(trained[: len(rows)])) if held_out else None,
+        trained=measure(engine, list(trained[: len(rows)])) if len(held_out) else None,
         answers=answers,
         talk=talk,
         forgetting=check_forgetting(engine, renderer, lang=lang),

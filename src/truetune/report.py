@@ -19,6 +19,8 @@ CARD, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
 MAX_POINTS = 400
 """Points of a curve in the page; of more steps, means are drawn."""
 
+KINDS = {"best": "card.kind_best", "worst": "card.kind_worst", "random": "card.kind_random"}
+
 METRICS = ("loss", "answer_loss", "perplexity", "template_loss", "token_accuracy", "stop_accuracy")
 
 Values = dict[str, Any]
@@ -118,7 +120,7 @@ def _render(name: str, card: Values, lang: str) -> str:
 
 
 def _shown_answer(answer: Values, lang: str) -> Values:
-    kind = text(f"card.kind_{answer['kind']}", lang)
+    kind = text(KINDS[answer["kind"]], lang)
     return answer | {"kind": kind, "title": text("card.answer_title", lang, **(answer | {"kind": kind}))}
 
 

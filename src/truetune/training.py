@@ -154,7 +154,7 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         flight.renderer,
         subject=subject,
         trained=flight.prepared.train,
-        held_out=assembly.held_out,
+        held_out=flight.prepared.held_out,
     )
     findings = [asdict(finding) for finding in diagnose(card)]
     report.write(run.path, card.to_dict() | {"findings": findings}, lang=lang)

@@ -96,7 +96,7 @@ def test_slash_commands(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     asked: list[tuple[bool, list[tuple[str, str]]]] = []
 
     def stream(self: Model, messages: list[dict[str, Any]], **_: Any) -> Iterator[str]:
-        is_base = any(getattr(part, "disable_adapters", False) for part in self.model.modules())
+        is_base = any(getattr(part, "disable_adapters", None) is True for part in self.model.modules())
         asked.append((is_base, [(message["role"], message["content"]) for message in messages]))
         yield "<think>\nHm"
         yield "m</think>\n\nNo."

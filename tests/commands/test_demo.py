@@ -109,7 +109,7 @@ def _check_card(out: Path, lines: list[str]) -> None:
     assert card is not None
     first, second = report.sentences(card, "en")[:2]
     assert lines.index(first) > max(lines.index(question) for question, _ in QUESTIONS)
-    assert [f["name"] for f in card["findings"]][0] == "learned"
+    assert card["findings"][0]["name"] == "learned"
     assert card["talk"]["num_answers"] == 6
     assert second.startswith(f"Of 6 answers it ended {round(6 * card['talk']['tuned_ended'])} by itself")
     # The adapter as it is on disk, loaded by PEFT, through the model's own code.

@@ -171,11 +171,11 @@ def answer(model: Model, messages: list[Message], *, console: Console, sampling:
     said: dict[str, list[str]] = {"reasoning": [], "content": []}
 
     def show(piece: str, *, is_last: bool = False) -> None:
-        for kind, text in reader.add(piece, is_last=is_last):
+        for kind, part in reader.add(piece, is_last=is_last):
             if kind == "content" and said["reasoning"] and not said["content"]:
                 console.write("\n")
-            console.write(text, end="", is_dim=kind == "reasoning")
-            said[kind].append(text)
+            console.write(part, end="", is_dim=kind == "reasoning")
+            said[kind].append(part)
 
     for piece in model.stream(messages, **sampling):
         show(piece)
