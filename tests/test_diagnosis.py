@@ -157,6 +157,11 @@ def test_a_run_made_to_have_a_fault(name: str, card_of: Train, base: Callable[[s
         assert card["base"]["answer_loss"] < 0.1
         assert card["talk"]["num_equal"] == card["talk"]["num_answers"] == 6
         assert card["talk"]["tuned_ended"] == 1
+    if name == "overfit_rising":
+        # The result is the best step, and the card is about the result.
+        lowest, step = min((loss, step) for step, loss in card["held_out_losses"] if step > 0)
+        assert (card["step"], card["tuned"]["loss"]) == (step, pytest.approx(lowest, rel=1e-4))
+        assert step < card["num_steps"]
     if name == "never_stops":
         assert card["talk"]["tuned_ended"] == 0
 

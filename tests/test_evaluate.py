@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
+import numpy as np
 import pytest
 
+from truetune.engine.score import Score
 from truetune.engine.step import Engine
 from truetune.evaluate import (
     MAX_EVALUATIONS,
@@ -13,8 +16,11 @@ from truetune.evaluate import (
     MIN_ROWS,
     STEP_COST,
     choose_eval_steps,
+    is_template,
     limit_rows,
     loss_evaluator,
+    rate,
+    row_losses,
 )
 from truetune.records import Pair, Row
 
@@ -114,3 +120,31 @@ def test_many_cases_pay_for_more_than_two_evaluations() -> None:
 
 def test_without_rows_there_is_no_loss() -> None:
     assert loss_evaluator(Engine(None, "trie", 0, 10), [])() is None
+
+
+def test_what_the_template_wrote_is_counted_apart() -> None:
+    """By hand: a pair with a think block of two tokens and a stop, one with a stop alone, in one row and in two."""
+    with_block = Pair((1, 2), (8, 9, 5, 6, 2), num_template_tokens=3)
+    plain = Pair((1,), (7, 2))
+    assert is_template(with_block).tolist() == [True, True, False, False, True]
+    assert is_template(plain).tolist() == [False, True]
+    scores = [
+        Score(np.array([0.1, 0.2, 4.0, 2.0, 0.3]), np.array([True, True, False, True, False])),
+        Score(np.array([3.0, 0.4]), np.array([True, True])),
+    ]
+    for rows in ([Row(0, "a", (with_block, plain))], [Row(0, "a", (with_block,)), Row(1, "b", (plain,))]):
+        found = rate(rows, scores)
+        assert found.answer_loss == pytest.approx(3.0)
+        assert found.template_loss == pytest.approx(0.25)
+        assert found.loss == pytest.approx(10 / 7)
+        assert found.perplexity == pytest.approx(math.e**3)
+        assert found.token_accuracy == pytest.approx(2 / 3)
+        assert found.stop_accuracy == 0.5
+        assert (found.num_rows, found.num_tokens, found.num_template_tokens) == (len(rows), 7, 4)
+    assert row_losses([Row(0, "a", (with_block,)), Row(1, "b", (plain,))], scores) == pytest.approx([3.0, 3.0])
+    assert row_losses([Row(0, "a", (with_block, plain))], scores) == pytest.approx([3.0])
+
+
+def test_a_loss_too_large_for_e_is_still_a_perplexity() -> None:
+    scores = [Score(np.array([5000.0, 1.0]), np.array([False, False]))]
+    assert math.isfinite(rate([Row(0, "a", (Pair((1,), (7, 2)),))], scores).perplexity)

@@ -25,7 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_transformers(model: Any, rows: Path) -> dict[str, float]:
-    """Loss and accuracy by transformers' own forward, row by row; Qwen3 writes an empty think block before an answer."""
+    """Loss and accuracy by transformers' own forward, row by row; Qwen3 writes an empty think block before it."""
     losses, hits = [], []
     for row in json.loads(rows.read_text(encoding="utf-8")):
         prompt = model.renderer.prompt_ids([{"role": "user", "content": row["instruction"]}])
