@@ -103,3 +103,16 @@ def test_newest_run(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         newest_run(tmp_path)
     assert caught.value.key == "no_runs"
+
+
+def test_same_seed_same_answer(trained: Path) -> None:
+    """Drawn answers repeat with their seed, differ between seeds, and leave torch's own numbers alone."""
+    model = load(trained)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    told = [model.chat("Hi", max_new_tokens=12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+    assert torch.equal(torch.rand(3), wanted)
+    # So few tokens are left that the likeliest is the only one.
+    assert model.chat("Hi", max_new_tokens=12, temperature=1.0, top_p=1e-6) == model.chat("Hi", max_new_tokens=12)

@@ -24,17 +24,22 @@ NO_DISTORTION = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_p": 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: greedy at temperature 0, so that the same question gets the same answer."""
+    """How answers are drawn: greedy at temperature 0, so that the same question gets the same answer.
+
+    `top_p`: only the likeliest tokens that together have this probability. `seed`: the same seed, the same answer.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for transformers' `generate`; the model's own defaults are overridden."""
         if self.temperature == 0:
             drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         else:
-            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+            drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": self.max_new_tokens, **drawn, **NO_DISTORTION}
 
 
@@ -97,14 +102,18 @@ def _generate(
     model: Any, renderer: Renderer, ids_BT: torch.Tensor, is_token_BT: torch.Tensor, sampling: Sampling, **extra: Any
 ) -> torch.Tensor:
     device = next(model.parameters()).device
-    output_BT: torch.Tensor = model.generate(
-        input_ids=ids_BT.to(device),
-        attention_mask=is_token_BT.long().to(device),
-        eos_token_id=list(renderer.stop_ids),
-        pad_token_id=pad_id(renderer.tokenizer),
-        **sampling.arguments(),
-        **extra,
-    )
+    # transformers draws from torch's own generator, which is put back as it was.
+    with torch.random.fork_rng(enabled=sampling.seed is not None):
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        output_BT: torch.Tensor = model.generate(
+            input_ids=ids_BT.to(device),
+            attention_mask=is_token_BT.long().to(device),
+            eos_token_id=list(renderer.stop_ids),
+            pad_token_id=pad_id(renderer.tokenizer),
+            **sampling.arguments(),
+            **extra,
+        )
     return output_BT
 
 

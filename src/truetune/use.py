@@ -27,15 +27,30 @@ class Model:
     renderer: Renderer
     num_probes: int | None = None
 
-    def chat(self, messages: str | Sequence[Message], *, max_new_tokens: int = 512, temperature: float = 0.0) -> str:
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> str:
         """Return the answer to a question or to a list of messages; greedy at temperature 0."""
-        return "".join(self.stream(messages, max_new_tokens=max_new_tokens, temperature=temperature)).strip()
+        pieces = self.stream(messages, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return "".join(pieces).strip()
 
     def stream(
-        self, messages: str | Sequence[Message], *, max_new_tokens: int = 512, temperature: float = 0.0
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> Iterator[str]:
-        """Yield the answer piece by piece."""
-        sampling = Sampling(max_new_tokens, temperature)
+        """Yield the answer piece by piece; the same `seed` draws the same answer."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         yield from stream(self.model, self.renderer, messages=_as_messages(messages), sampling=sampling)
 
     def answers(
