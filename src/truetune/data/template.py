@@ -115,7 +115,7 @@ class Renderer:
             raise UserError("template_raised", where="chat template", fix="template_raised", problem=error) from None
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of plain text, without a template: the token that begins a text, and no other control token."""
+        """Return the ids of plain text, without a template: control tokens only where a text begins with one."""
         bos_id = self.tokenizer.bos_token_id
         return [*([] if bos_id is None else [bos_id]), *self._encoder.encode_marked(self._encoder.marked(text))]
 

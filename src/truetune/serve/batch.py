@@ -67,6 +67,7 @@ class Batch:
         rows, length = self._size_with(num_reserved)
         return rows * length
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def add(self, row: Row) -> None:
         """Take in a row; what of its prompt a row of the cache holds is copied from there."""
         self._make_room(row.num_reserved)
@@ -81,6 +82,7 @@ class Batch:
         self._left.pop(slot, None)
         self.rows.append(row)
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def remove(self, row: Row) -> None:
         """Let a row go; the last one takes its place, so that the living rows are the first ones."""
         at, last = self.rows.index(row), len(self.rows) - 1

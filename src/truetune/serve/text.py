@@ -1,6 +1,6 @@
 """Tokens → the text of a reply, piece by piece: whole characters, no stop string, thinking and tool calls apart.
 
-    tokens → Detokeniser → StopFinder → ReplyReader → (kind, text)
+tokens → Detokeniser → StopFinder → ReplyReader → (kind, text)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The one thread that owns the model: takes jobs from a bounded queue, answers all of them together, frees their rows.
 
-    server threads ── submit, cancel ──▶ waiting ──▶ rows of a batch (one batch for each adapter) ──▶ emit(Piece)
+server threads ── submit, cancel ──▶ waiting ──▶ rows of a batch (one batch for each adapter) ──▶ emit(Piece)
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Worker:
                 # Whatever a forward raises (memory, above all) ends the answers that were in it, and not the server.
                 self.counts["failed_turns"] += 1
                 self._batches = {}
-                self._fail_running(f"{type(error).__name__} in the model")
+                self._fail_running(f"{type(error).__name__}: {str(error)[:200]}")
         self._fail_running(self._problem)
         for job in self._waiting:
             job.emit(Piece(problem=self._problem))
