@@ -37,7 +37,7 @@ Log = Callable[..., None]
 
 @dataclass
 class Service:
-    """What the routes share. `context`: tokens of a prompt and its answer. `log`: gets counts and times of a request."""
+    """What the routes share. `context`: tokens of a prompt and its answer. `log`: hears of each request."""
 
     worker: Worker
     voices: dict[str, Voice]
@@ -297,7 +297,7 @@ class _Stream(Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answer = answer
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, _scope: Any, receive: Any, send: Any) -> None:
         answer = self._answer
         headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         pieces = answer.pieces(receive)

@@ -45,7 +45,7 @@ class Row:
 
 
 class Batch:
-    """The rows of one adapter, or of the base. `forward_model`: the causal model with its layers, not PEFT's wrapper."""
+    """The rows of one adapter, or of the base. `forward_model`: the causal model itself, not PEFT's wrapper."""
 
     def __init__(self, forward_model: Any, *, is_reusing: bool = True) -> None:
         self.model = forward_model

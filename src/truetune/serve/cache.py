@@ -93,7 +93,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, _query_length: int) -> tuple[int, int]:
         return self.width, 0
 
 

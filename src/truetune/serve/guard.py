@@ -70,7 +70,7 @@ class Guard:
             return
         try:
             self._check(scope, _headers(scope))
-            if scope["method"] not in ("GET", "HEAD"):
+            if scope["method"] == "POST":
                 scope[BODY] = await _read_body(_headers(scope), receive)
         except Refused as error:
             # What is left of the body is not read: the connection ends.
@@ -129,7 +129,7 @@ async def _read_body(headers: dict[str, str], receive: Receive) -> bytes:
     too_large = Refused("too_large", status=413, code="too_large", most=MAX_BODY_BYTES)
     if int(headers.get("content-length", "0")) > MAX_BODY_BYTES:
         raise too_large
-    body = b""
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             while True:
@@ -140,7 +140,7 @@ async def _read_body(headers: dict[str, str], receive: Receive) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
                 if not message.get("more_body"):
-                    return body
+                    return bytes(body)
     except TimeoutError:
         raise Refused("too_slow", status=408, code="too_slow") from None
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -116,6 +117,7 @@ class Server(uvicorn.Server):
                 log_level="critical",
                 access_log=False,
                 server_header=False,
+                headers=[("X-Content-Type-Options", "nosniff")],
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=int(GRACE_S) + 3,
             )
@@ -137,6 +139,9 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Note the signal; uvicorn would raise it again when all is done, and the exit code be another one."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:

@@ -1,4 +1,4 @@
-"""What a request may say. Every field is used or refused by its name; a value that asks for nothing is taken as such."""
+"""What a request may say. Every field is used, or refused by its name; one that asks for nothing is let through."""
 
 from __future__ import annotations
 
@@ -177,9 +177,8 @@ class TextRequest(Request):
         """Return each prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        several = [one for one in self.prompt if not isinstance(one, int)]
+        return several or [[one for one in self.prompt if isinstance(one, int)]]
 
 
 Kind = TypeVar("Kind", bound=Request)
