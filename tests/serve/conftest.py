@@ -48,18 +48,24 @@ class Running:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two short runs of the tiny model; the first one has a system prompt and an argument of the template."""
+    """A short run with a system prompt and an argument of the template, and an adapter that another tool wrote."""
+    import torch
+
+    from truetune.model import add_lora, find_base, load_base
+
     folder = tmp_path_factory.mktemp("served")
     rows = [{"instruction": f"Number {n}", "output": f"{n} it is"} for n in range(12)]
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    more = {
-        "one": ["--system", "Count.", "--chat-template-kwargs", "{enable_thinking: false}"],
-        "two": ["--seed", "7", "--target-modules", "q_proj,v_proj"],
-    }
-    for name, words in more.items():
-        keys = ["--model", str(tiny_qwen), "--max-steps", "2", "--learning-rate", "3e-2", "--attention", "padded"]
-        assert run(["train", str(folder / "data.json"), *keys, "--output-dir", str(folder / name), *words]) == 0
-    return [folder / name for name in more]
+    keys = ["--model", str(tiny_qwen), "--max-steps", "2", "--learning-rate", "3e-2", "--attention", "padded"]
+    keys += ["--system", "Count.", "--chat-template-kwargs", "{enable_thinking: false}"]
+    assert run(["train", str(folder / "data.json"), *keys, "--output-dir", str(folder / "one")]) == 0
+    lora: dict[str, Any] = {"r": 2, "alpha": 4, "dropout": 0.0, "targets": ["q_proj", "v_proj"], "seed": 0}
+    model = add_lora(load_base(find_base(str(tiny_qwen)), "float32"), **lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(str(folder / "two"), save_embedding_layers=False)
+    return [folder / "one", folder / "two"]
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def test_s06_tokens(closed: Any) -> None:
         {},
         *(
             {"authorization": value}
-            for value in ("", "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", TOKEN, f"Basic {TOKEN}")
+            for value in ("", "Bearer", f"Bearer {TOKEN[:-1]}", f"Bearer {TOKEN}x", TOKEN, f"Basic {TOKEN}")
         ),
         {"authorization": f"Bearer {TOKEN.upper()}"},
         {"x-api-key": TOKEN},
