@@ -443,6 +443,8 @@ def test_prompts_are_those_of_training(served: Any) -> None:
     for path, name in zip(served.runs, ("one", "two"), strict=True):
         model = load(path)
         assert (model.num_probes is None) == (name == "two")
+        # As the server of these tests: in bfloat16 two correct programs choose other tokens.
+        model.model.float()
         whole = served.post(model=name, max_tokens=8).json()
         assert whole["choices"][0]["message"]["content"].strip() == model.chat("Number 3", max_new_tokens=8)
         base = served.post(model="tiny-qwen3", max_tokens=8).json()["choices"][0]["message"]["content"]

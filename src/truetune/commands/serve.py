@@ -56,24 +56,22 @@ def _serve(
     from truetune.use import find_voices, load_voices
 
     token = _token(host, token_file)
-    bound = bind(host, port)
-    base, voices = find_voices(paths, use_run_system=use_run_system)
-    with console.status("status.load_use", name=base.title):
-        model = load_voices(base, voices)
+    with bind(host, port) as bound:
+        base, voices = find_voices(paths, use_run_system=use_run_system)
+        with console.status("status.load_use", name=base.title):
+            model = load_voices(base, voices)
 
-    def log(**values: object) -> None:
-        console.note("serve.answered", **values)
+        def log(**values: object) -> None:
+            console.note("serve.answered", **values)
 
-    service = make_service(model, voices, lang=console.lang, log=log)
-    for voice in voices:
-        _introduce(voice, console)
-    if token_file:
-        console.say("serve.token", path=token_file)
-    console.say("serve.context", tokens=service.context)
-    place = f"[{host}]" if ":" in host else host
-    return serve(
-        service, bound=bound, token=token, on_ready=lambda: console.say("serve.ready", url=f"http://{place}:{port}/v1")
-    )
+        service = make_service(model, voices, lang=console.lang, log=log)
+        for voice in voices:
+            _introduce(voice, console)
+        if token_file:
+            console.say("serve.token", path=token_file)
+        console.say("serve.context", tokens=service.context)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        return serve(service, bound=bound, token=token, on_ready=lambda: console.say("serve.ready", url=url))
 
 
 def _need_packages() -> None:
