@@ -94,7 +94,10 @@ class Process:
         """Send a signal; return the exit code, and how long it took."""
         began = time.perf_counter()
         self.process.send_signal(number)
-        return self.process.wait(30), time.perf_counter() - began
+        code, duration = self.process.wait(30), time.perf_counter() - began
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code, duration
 
 
 @pytest.fixture
@@ -119,10 +122,11 @@ def test_f21_killed_restarted_and_ended(copied: Path) -> None:
     with httpx.stream(
         "POST", f"{first.url}/v1/chat/completions", json=ASK | {"stream": True, "max_tokens": 9000}
     ) as told:
-        next(told.iter_lines())
+        lines = told.iter_lines()
+        next(lines)
         assert first.end(signal.SIGKILL)[0] == -9
         with pytest.raises(httpx.HTTPError):
-            list(told.iter_lines())
+            list(lines)
     second = Process(copied)
     assert second.ask().json()["choices"] == wanted
     shutil.rmtree(copied.parent / "tiny-qwen3")

@@ -91,13 +91,13 @@ def test_the_queue_is_bounded_all_or_nothing(tiny: Any, qwen_tokenizer: Any) -> 
 
 
 def test_a_stop_id_ends_and_is_not_shown(worker: Worker, qwen_tokenizer: Any) -> None:
-    plain = Inbox(qwen_tokenizer, [5, 6])
+    plain = Inbox(qwen_tokenizer, [5, 6], draw=Draw(temperature=1.0, seed=1))
     worker.submit([plain.job])
     plain.all()
     assert plain.row is not None
     ids = plain.row.ids[2:]
     at = next(n for n in range(1, 5) if ids[n] not in ids[:n])
-    stopped = Inbox(qwen_tokenizer, [5, 6], stop_ids=frozenset([ids[at]]))
+    stopped = Inbox(qwen_tokenizer, [5, 6], draw=Draw(temperature=1.0, seed=1), stop_ids=frozenset([ids[at]]))
     worker.submit([stopped.job])
     pieces = stopped.all()
     assert "".join(piece.text for piece in pieces) == qwen_tokenizer.decode(ids[:at])

@@ -47,9 +47,11 @@ def bind(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise UserError("serve_address", where=host, fix="serve_address", problem=error.strerror) from None
     except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            key = "port_in_use" if error.errno == errno.EADDRINUSE else "port_forbidden"
-            raise MachineError(key, where=f"{host}:{port}", fix="port_other", port=port) from None
+        place = f"{host}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            raise MachineError("port_in_use", where=place, fix="port_other", port=port) from None
+        if error.errno == errno.EACCES:
+            raise MachineError("port_forbidden", where=place, fix="port_other", port=port) from None
         raise UserError("serve_address", where=host, fix="serve_address", problem=error.strerror) from None
     return bound
 
