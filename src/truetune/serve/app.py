@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -51,7 +52,12 @@ class Service:
         # worker decodes with tokenizers of its own.
         self.renderers = ThreadPoolExecutor(1, "renderer")
         self.tokenizers = {name: copy.deepcopy(voice.renderer.tokenizer) for name, voice in self.voices.items()}
-        self.statuses: dict[int, int] = {}
+        self.statuses: Counter[int] = Counter()
+
+    def told(self, status: int, *, read: int = 0, made: int = 0, seconds: float = 0.0) -> None:
+        """Count and log how a request ended."""
+        self.statuses[status] += 1
+        self.log(status=status, read=read, made=made, seconds=f"{seconds:.2f}")
 
     def voice(self, name: str) -> Voice:
         """Return the model of that name.
@@ -141,6 +147,7 @@ def _as_refused(error: Exception) -> Refused:
 
 
 def _refusal(service: Service, error: Refused) -> Response:
+    service.told(error.status)
     headers = {"Retry-After": "1"} if error.status == 429 else None
     return JSONResponse(error_object(error, service.lang), error.status, headers)
 
@@ -150,6 +157,9 @@ async def _answered(service: Service, request: Request, kind: type[ChatRequest] 
     began = time.perf_counter()
     ask = schema.parse(kind, request.scope[BODY])
     service.voice(ask.model)
+    if service.worker.is_full:
+        # Before its prompt is rendered, which takes half a second for a body of 1 MiB.
+        raise Refused("busy", status=429, code="busy")
     loop = asyncio.get_running_loop()
     prompts, reader = await loop.run_in_executor(service.renderers, _read, service, ask)
     reply = Reply(
@@ -269,12 +279,9 @@ class _Answer:
         self.queue.put_nowait(None)
 
     def _log(self, status: int) -> None:
-        self.service.statuses[status] = self.service.statuses.get(status, 0) + 1
         usage = self.reply.usage(self.choices)
-        seconds = time.perf_counter() - self.began
-        self.service.log(
-            status=status, read=usage["prompt_tokens"], made=usage["completion_tokens"], seconds=f"{seconds:.2f}"
-        )
+        read, made = usage["prompt_tokens"], usage["completion_tokens"]
+        self.service.told(status, read=read, made=made, seconds=time.perf_counter() - self.began)
 
     async def whole(self, receive: Any) -> Response:
         """Return the reply once it is whole."""
@@ -283,6 +290,8 @@ class _Answer:
                 self.choices[index].add(piece)
         except _Gone:
             return Response(status_code=CLIENT_GONE)
+        except Refused as error:
+            return JSONResponse(error_object(error, self.service.lang), error.status)
         return JSONResponse(self.reply.whole(self.choices))
 
 

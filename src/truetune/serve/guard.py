@@ -25,6 +25,8 @@ from truetune.messages import text
 from truetune.serve.schema import Refused
 
 MAX_BODY_BYTES = 1 << 20
+MAX_OPEN = 512
+"""Requests whose bodies are held at once."""
 HEADERS_S, BODY_S, SEND_S = 10.0, 20.0, 30.0
 """Time that a client has for its headers, for its body, and to read what is sent before the next piece fits."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -62,15 +64,25 @@ class Guard:
 
     def __init__(self, app: Any, *, token: str | None, lang: str) -> None:
         self._app, self._token, self._lang = app, token, lang
+        self._num_open = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer a refused request, or hand an allowed one on, its body read."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._num_open += 1
+        try:
+            await self._pass_on(scope, receive, send)
+        finally:
+            self._num_open -= 1
+
+    async def _pass_on(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
             self._check(scope, _headers(scope))
             if scope["method"] == "POST":
+                if self._num_open > MAX_OPEN:
+                    raise Refused("busy", status=429, code="busy")
                 scope[BODY] = await _read_body(_headers(scope), receive)
         except Refused as error:
             # What is left of the body is not read: the connection ends.

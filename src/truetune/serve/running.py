@@ -26,7 +26,8 @@ from truetune.use import Voice
 
 GRACE_S = 4.0
 """Time that running answers have after SIGINT or SIGTERM."""
-MAX_ROWS, WAITING_PER_ROW = 16, 8
+MAX_ROWS = {"cpu": 16, "cuda": 64}
+WAITING_PER_ROW = 8
 CACHE_SHARE = 0.5
 """Of the memory that is free at the start, for keys and values."""
 BACKLOG = 1024
@@ -68,11 +69,12 @@ def make_service(model: Any, voices: Sequence[Voice], *, lang: str, log: Callabl
     if unknown:
         raise UserError("serve_layers", where="model", fix="serve_layers", names=", ".join(sorted(unknown)))
     room = max_cached_tokens(config, causal)
+    max_rows = MAX_ROWS.get(next(causal.parameters()).device.type, MAX_ROWS["cpu"])
     worker = Worker(
         causal,
         select=Selector(model) if is_adapted else lambda _: None,
-        max_rows=MAX_ROWS,
-        max_waiting=MAX_ROWS * WAITING_PER_ROW,
+        max_rows=max_rows,
+        max_waiting=max_rows * WAITING_PER_ROW,
         max_cached_tokens=room,
     )
     context = min(getattr(config, "max_position_embeddings", None) or room, room)

@@ -96,6 +96,11 @@ class Worker:
         """Jobs that have a row."""
         return len(self._running)
 
+    @property
+    def is_full(self) -> bool:
+        """True if no job would be taken."""
+        return self._is_closing or len(self._waiting) >= self._max_waiting
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
