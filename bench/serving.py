@@ -24,7 +24,7 @@ import httpx
 import psutil
 
 RESULT = Path(__file__).parent / "results" / "serving.md"
-NUM_TOKENS, NUM_CLIENTS, NUM_ROUNDS, NUM_CROWD = 64, 16, 3, 200
+NUM_TOKENS, NUM_CLIENTS, NUM_ROUNDS, NUM_CROWD, NUM_CROWDS = 64, 16, 3, 200, 7
 TOPICS = ("the sea", "bread", "a lighthouse", "winter", "trains", "bees", "a market", "mountains")
 
 
@@ -131,7 +131,7 @@ def measure(model: str) -> list[str]:
             waits.append(statistics.median(durations))
         one, many = statistics.median(alone), statistics.median(together)
         before = server.memory_mb
-        crowds = [asyncio.run(crowd(server, 1000 * (n + 1))) for n in range(3)]
+        crowds = [asyncio.run(crowd(server, 1000 * (n + 1))) for n in range(NUM_CROWDS)]
     finally:
         server.process.terminate()
         server.process.wait(30)
@@ -146,7 +146,7 @@ def measure(model: str) -> list[str]:
         "",
         f"Half of the {NUM_CLIENTS} had their whole answer after {statistics.median(waits):.1f} s.",
         "",
-        f"{NUM_CROWD} clients at once, three times (16 tokens each; memory before: {before:.0f} MB):",
+        f"{NUM_CROWD} clients at once, {NUM_CROWDS} times (16 tokens each; memory before: {before:.0f} MB):",
         "",
         "| told | lost | tokens | /health, median and slowest | memory after |",
         "|---|---:|---:|---:|---:|",

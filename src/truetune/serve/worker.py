@@ -5,6 +5,7 @@ server threads ── submit, cancel ──▶ waiting ──▶ rows of a batch
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import Counter, deque
@@ -51,6 +52,16 @@ class Job:
 
     def __post_init__(self) -> None:
         self.words, self.finder = Detokeniser(self.tokenizer), StopFinder(self.stops)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system where the C library is glibc.
+
+    It keeps freed blocks of up to 32 MB, and pieces of prompts have all sizes: ten times 200 requests left 400 MB more.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Full(Exception):
@@ -147,6 +158,8 @@ class Worker:
         self._waiting.clear()
 
     def _turn(self) -> None:
+        if not self._waiting and not self._running:
+            give_back_memory()
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._running or self._is_closing)
             self._drop_cancelled()
