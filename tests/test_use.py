@@ -126,11 +126,12 @@ def test_voices_of_one_base(trained: Path, tiny_qwen: Path, tmp_path: Path) -> N
     assert [(voice.name, voice.num_probes) for voice in voices] == [("one", 8), ("other", 8), ("base", 8)]
     assert [voice.adapter for voice in voices] == ["adapter_0", "adapter_1", None]
     assert {voice.renderer.system for voice in voices} == {"Count."}
-    assert {voice.renderer.system for voice in find_voices([str(trained)], use_run_system=False)[1]} == {None}
+    inner = find_voices([str(trained / "adapter")], use_run_system=False)[1]
+    assert [(voice.name, voice.renderer.system) for voice in inner] == [("one", None), ("base", None)]
     assert [voice.name for voice in find_voices([str(base.folder)])[1]] == ["base"]
-    assert [voice.name for voice in find_voices([str(trained / "adapter")])[1]] == ["one", "base"]
 
 
+@pytest.mark.slow
 def test_voices_that_do_not_go_together(trained: Path, tmp_path: Path) -> None:
     """Two of one name, two bases; a changed base is refused as in `load`."""
     other = tmp_path / "one"

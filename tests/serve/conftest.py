@@ -76,19 +76,17 @@ def start(tiny_runs: list[Path]) -> Iterator[Callable[..., Running]]:
 
     ends: list[Callable[[], None]] = []
 
-    def begin(*, token: str | None = None, **limits: Any) -> Running:
+    def begin(*, token: str | None = None, service: Any = None) -> Running:
         bound = bind("127.0.0.1", 0)
         port = bound.getsockname()[1]
-        base, voices = find_voices([str(path) for path in tiny_runs])
-        running = Running(f"http://127.0.0.1:{port}/v1", port, None, tiny_runs)
-        running.service = make_service(
-            load_voices(base, voices).float(), voices, lang="en", log=lambda **told: running.logs.append(told)
-        )
-        for name, value in limits.items():
-            setattr(running.service.worker, f"_{name}", value)
+        running = Running(f"http://127.0.0.1:{port}/v1", port, service, tiny_runs)
+        if service is None:
+            base, voices = find_voices([str(path) for path in tiny_runs])
+            model = load_voices(base, voices).float()
+            running.service = make_service(model, voices, lang="en", log=lambda **told: running.logs.append(told))
+            running.service.worker.start()
         ready = threading.Event()
         server = Server(running.service, token=token, on_ready=ready.set)
-        running.service.worker.start()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
 
@@ -103,7 +101,7 @@ def start(tiny_runs: list[Path]) -> Iterator[Callable[..., Running]]:
         return running
 
     yield begin
-    for end in ends:
+    for end in reversed(ends):
         end()
 
 

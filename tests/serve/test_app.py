@@ -94,6 +94,7 @@ def test_s01_malformed_bodies(served: Any) -> None:
     assert fault(served.post(model=...), 400, "model")["code"] == "missing_field"
 
 
+@pytest.mark.slow
 def test_s04_many_at_once(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some are answered, some told to come again; none is lost, and the server answers others meanwhile."""
     monkeypatch.setattr(served.service.worker, "_max_waiting", 20)
@@ -219,6 +220,7 @@ def test_s09_messages(served: Any) -> None:
     assert told[0]["usage"] == told[1]["usage"]
 
 
+@pytest.mark.slow
 def test_s10_unicode_in_streams(served: Any) -> None:
     """A random model writes broken characters all the time: every event is valid, joined they are the whole text."""
     count = halves = 0
@@ -232,6 +234,7 @@ def test_s10_unicode_in_streams(served: Any) -> None:
     assert count == 6
 
 
+@pytest.mark.slow
 def test_s11_stop_strings(served: Any) -> None:
     """Any part of an answer can be what stops it, wherever its tokens end; it is not shown."""
     whole = served.post(max_tokens=24).json()["choices"][0]
@@ -345,6 +348,7 @@ def test_s13_limits(served: Any) -> None:
     assert served.post(max_tokens=None, max_completion_tokens=2).json()["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.slow
 def test_s14_drawing(served: Any) -> None:
     """Greedy at 0 and by default, ranges, and seeds that repeat whatever else is being answered."""
     plain = served.post(max_tokens=12).json()["choices"]

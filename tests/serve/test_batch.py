@@ -152,3 +152,23 @@ def test_each_row_has_its_own_wishes(tiny: Any) -> None:
     assert isinstance(told[0], Scored)
     assert told[0].token == told[1]
     assert len(told[0].likeliest) == 2
+
+
+@pytest.mark.real
+def test_real_weights_together_as_generate(smol: Path, smol_tokenizer: Any) -> None:
+    """SmolLM2 in fp32: eight questions that come and go, and transformers' own `generate` for each alone."""
+    from truetune.data.template import build_renderer
+
+    model = load_base(find_base(str(smol)), "float32").eval()
+    renderer = build_renderer(smol_tokenizer, [2])
+    prompts = [renderer.prompt_ids([{"role": "user", "content": f"Name {n} rivers."}]) for n in range(2, 10)]
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False
+        )
+        wanted.append(output[0, len(prompt) :].tolist())
+    # `min_new_tokens` keeps the stop token away, which these answers do not reach.
+    assert together(Batch(model), prompts, piece=20, every=2) == wanted
+    assert len({tuple(ids) for ids in wanted}) > 1

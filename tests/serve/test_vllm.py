@@ -56,7 +56,8 @@ def test_the_command(tiny_runs: list[Path], tmp_path: Path) -> None:
     assert caught.value.key == "vllm_templates"
 
 
-def test_it_takes_over(tiny_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_it_takes_over(tiny_runs: list[Path], tmp_path: Path) -> None:
     """A program of that name gets the command and, where a token is asked for, the token in its environment."""
     import subprocess
     import sys

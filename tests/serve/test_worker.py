@@ -145,6 +145,7 @@ def test_closing_ends_what_is_not_done(tiny: Any, qwen_tokenizer: Any) -> None:
     assert {box.all()[-1].problem for box in boxes} == {"over"}
 
 
+@pytest.mark.slow
 def test_room_for_keys_is_bounded(tiny: Any, qwen_tokenizer: Any) -> None:
     """Rows that do not fit beside the others wait for them; one alone always runs."""
     worker = make(tiny, max_cached_tokens=600)
