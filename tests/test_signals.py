@@ -141,15 +141,32 @@ def test_what_is_in_time_is_left_alone() -> None:
     time.sleep(0.1)
 
 
-def test_another_thread_has_no_limit() -> None:
-    done = []
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_limit_in_another_thread(catches: bool) -> None:
+    """Where no signal comes, too; a block that catches Exception does not outlive it, and nothing is raised later."""
+    found: list[object] = []
 
     def work() -> None:
-        with limited(0.01, ValueError()):
-            time.sleep(0.05)
-            done.append(1)
+        began = time.monotonic()
+        try:
+            with limited(0.2, TimeoutError("over")):
+                while time.monotonic() - began < 5:
+                    try:
+                        sum(range(1000))
+                    except Exception:
+                        if not catches:
+                            raise
+        except TimeoutError as error:
+            found.append(error)
+        with limited(0.05, TimeoutError("over")):
+            found.append("short")
+        time.sleep(0.1)
+        sum(range(1000))
+        found.append(time.monotonic() - began)
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
-    assert done == [1]
+    thread.join(10)
+    assert [str(some) for some in found[:2]] == ["over", "short"]
+    assert isinstance(found[2], float)
+    assert found[2] < 2

@@ -13,7 +13,7 @@ import torch
 from truetune.cli import run
 from truetune.errors import UserError
 from truetune.model import add_lora, find_base, load_base
-from truetune.use import load, newest_run
+from truetune.use import find_voices, load, newest_run
 
 QUESTION = [{"role": "user", "content": "Number 3"}]
 
@@ -116,3 +116,31 @@ def test_same_seed_same_answer(trained: Path) -> None:
     assert torch.equal(torch.rand(3), wanted)
     # So few tokens are left that the likeliest is the only one.
     assert model.chat("Hi", max_new_tokens=12, temperature=1.0, top_p=1e-6) == model.chat("Hi", max_new_tokens=12)
+
+
+def test_voices_of_one_base(trained: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+    """A run, its adapter folder under another name, and the base last; the base is prompted as the first is."""
+    copy = tmp_path / "other"
+    shutil.copytree(trained / "adapter", copy)
+    base, voices = find_voices([str(trained), str(copy)])
+    assert [(voice.name, voice.num_probes) for voice in voices] == [("one", 8), ("other", 8), ("base", 8)]
+    assert [voice.adapter for voice in voices] == ["adapter_0", "adapter_1", None]
+    assert {voice.renderer.system for voice in voices} == {"Count."}
+    inner = find_voices([str(trained / "adapter")], use_run_system=False)[1]
+    assert [(voice.name, voice.renderer.system) for voice in inner] == [("one", None), ("base", None)]
+    assert [voice.name for voice in find_voices([str(base.folder)])[1]] == ["base"]
+
+
+@pytest.mark.slow
+def test_voices_that_do_not_go_together(trained: Path, tmp_path: Path) -> None:
+    """Two of one name, two bases; a changed base is refused as in `load`."""
+    other = tmp_path / "one"
+    shutil.copytree(trained / "adapter", other)
+    base = tmp_path / "base2"
+    shutil.copytree(trained.parents[1] / "base", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    for paths, key in (([trained, other], "serve_same_name"), ([trained, base], "serve_other_base")):
+        with pytest.raises(UserError) as caught:
+            find_voices([str(path) for path in paths])
+        assert caught.value.key == key

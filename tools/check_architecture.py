@@ -112,7 +112,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "use": {"errors", "records", "rundir", "data.template", "model", "checkpoint", "identity", "generate"},
     "serve": set(),
+    "serve.cache": set(),
+    "serve.sampler": set(),
     "serve.text": set(),
+    "serve.batch": {"records", "serve.cache", "serve.sampler"},
+    "serve.worker": {"serve.batch", "serve.sampler", "serve.text"},
+    "serve.schema": {"records"},
+    "serve.replies": {"serve.sampler", "serve.text", "serve.worker"},
+    "serve.guard": {"errors", "messages", "serve.schema"},
+    "serve.app": {"errors", "data.jinja", "data.template", "use", "serve.*"},
+    "serve.running": {"errors", "messages", "use", "serve.*"},
+    "serve.vllm": {"errors", "data.template", "use"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
     "": {"config", "console", "records", "rundir", "preflight", "training", "use"},
@@ -120,8 +130,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}
 
-# The command line, and other people's services: whatever they raise, hours of training are worth more.
-MAY_CATCH_ALL = {"cli.py", "disk.py", "lock.py", "trackers.py"}
+# The command line, other people's services (whatever they raise, hours of training are worth more), and the server's
+# model: what one answer raises must not end the others.
+MAY_CATCH_ALL = {"cli.py", "disk.py", "lock.py", "trackers.py", "serve/worker.py"}
 
 # A fact and the only files that may hold it.
 HOMES = {

@@ -298,6 +298,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "truetune"
 
 
+def hand_down(name: str, value: str) -> None:
+    """Set a variable for a program that takes over this process."""
+    os.environ[name] = value
+
+
 def language(choice: str = "auto") -> str:
     """Return "en" or "zh": the choice, else what the locale variables say.
 

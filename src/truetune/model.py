@@ -257,11 +257,14 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
         raise UserError("lora_refused", where="lora", fix="lora_refused", problem=error) from None
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """Return `model` with the adapter of `folder` for use (not trainable)."""
+def load_adapter(model: Any, folder: Path, *, name: str = "default") -> Any:
+    """Return `model` with the adapter of `folder` for use (not trainable), beside those that it has."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def limited(seconds: float, error: Exception) -> Iterator[None]:
-    """End the block with `error` after some time. Only the main thread can be interrupted; elsewhere no limit."""
+    """End the block with `error` after some time, in any thread; only between two steps of Python, not inside C."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+        with _limited_by_timer(seconds, error):
+            yield
         return
 
     def stop(*_: Any) -> None:
@@ -29,6 +31,36 @@ def limited(seconds: float, error: Exception) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+class _TimeOver(BaseException):
+    """Raised inside a block by another thread; no handler for Exception in the block keeps it."""
+
+
+@contextmanager
+def _limited_by_timer(seconds: float, error: Exception) -> Iterator[None]:
+    """The same where no signal comes: another thread has Python raise in this one (PyThreadState_SetAsyncExc)."""
+    thread, lock, is_done = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def stop() -> None:
+        with lock:
+            if not is_done:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TimeOver))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                is_done = True
+            timer.cancel()
+            # What was set at the last moment is not raised later.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+    except _TimeOver:
+        raise error from None
 
 
 class StopFlag:

@@ -23,9 +23,18 @@ PREFIXES = {key.partition(".")[0] for key in ENGLISH}
 KEY = re.compile(rf"({'|'.join(sorted(PREFIXES))})\.[a-z0-9_]+")
 FAULTS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 # Built with an f-string; what may follow the dot stands as a string somewhere in the source.
-DYNAMIC = ("field", "command", "dtype", "diagnosis", "column", "finding", "card")
+DYNAMIC = ("api", "field", "command", "dtype", "diagnosis", "column", "finding", "card")
 # Looks like a key, and is none.
-NO_KEYS = {"train.arrow", "eval.arrow", "report.json", "report.md", "report.html", "chat.jsonl"}
+NO_KEYS = {
+    "train.arrow",
+    "eval.arrow",
+    "report.json",
+    "report.md",
+    "report.html",
+    "chat.jsonl",
+    "chat.completion",
+    "chat.completion.chunk",
+}
 # The same in both languages: nothing in them is a word of either.
 SAME = {
     "error.machine",

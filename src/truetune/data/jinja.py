@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import meta
 from jinja2.exceptions import TemplateError
 
 from truetune.errors import UserError
@@ -17,6 +18,10 @@ TEMPLATE_ERRORS = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
 )
 SIMPLE_KEYS = {"role", "content"}
+OF_EVERY_TEMPLATE = {
+    *("messages", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("raise_exception", "strftime_now", "tojson", "namespace", "range", "dict", "lipsum", "cycler", "joiner"),
+}
 OF_EVERY_DICT = frozenset(dir(dict))
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -64,6 +69,17 @@ def render_simple(chat_template: str, chats: Sequence[list[Message]], *, given: 
     """
     template = compiled(chat_template)
     return [template.render(messages=chat, tools=None, documents=None, **given) for chat in chats]
+
+
+@lru_cache(maxsize=8)
+def variables(chat_template: str) -> frozenset[str]:
+    """Return what a template reads of the values it is given, other than what every template gets.
+
+    >>> sorted(variables("{% if tools %}{{ tools }}{% endif %}{{ messages }}{{ mood }}"))
+    ['mood', 'tools']
+    """
+    tree = compiled(chat_template).environment.parse(chat_template)
+    return frozenset(meta.find_undeclared_variables(tree) - OF_EVERY_TEMPLATE)
 
 
 @lru_cache(maxsize=8)

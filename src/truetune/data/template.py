@@ -114,6 +114,11 @@ class Renderer:
         except TEMPLATE_ERRORS as error:
             raise UserError("template_raised", where="chat template", fix="template_raised", problem=error) from None
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of plain text, without a template: control tokens only where a text begins with one."""
+        bos_id = self.tokenizer.bos_token_id
+        return [*([] if bos_id is None else [bos_id]), *self._encoder.encode_marked(self._encoder.marked(text))]
+
     def pairs(self, conversation: Conversation, *, last_turn_only: bool = False) -> list[Pair]:
         """Return one Pair for every learned turn of the conversation; of a preference pair, the rejected one last.
 

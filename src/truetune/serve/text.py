@@ -91,7 +91,8 @@ class ReplyReader:
         self._text = ""
         self._tool_names = tool_names
         self._is_last = False
-        self._has_called = False
+        self._has_called = self._has_thought = False
+        self._gap = ""
 
     def add(self, text: str, *, is_last: bool = False) -> list[tuple[str, Any]]:
         """Return parts: ("reasoning", text), ("content", text), ("call", {"name", "arguments"})."""
@@ -128,8 +129,6 @@ class ReplyReader:
             self._text = self._text[len(shown) :]
             yield self._thought(shown)
 
-    _has_thought = False
-
     def _thought(self, text: str) -> tuple[str, str]:
         self._has_thought = self._has_thought or bool(text)
         return "reasoning", text
@@ -147,8 +146,10 @@ class ReplyReader:
             return
         text, mark, behind = self._text.partition(OPEN_CALL)
         if mark:
-            yield "content", self._trimmed(text)
+            shown = text.rstrip()
+            self._gap = text[len(shown) :]
             self._text, self._state = behind, self._call
+            yield "content", shown
             return
         # White space waits: before and behind a call it is the call's.
         num_held = 0 if self._is_last else num_begun(text, OPEN_CALL)
@@ -166,7 +167,7 @@ class ReplyReader:
         call = read_call(body, self._tool_names) if mark else None
         self._text, self._state = behind, self._content
         if call is None:
-            yield "content", f"{OPEN_CALL}{body}{mark}"
+            yield "content", f"{self._gap}{OPEN_CALL}{body}{mark}"
         else:
             self._has_called = True
             yield "call", call
