@@ -5,7 +5,6 @@ A base is a folder of safetensors, a GGUF file (dequantised once into the cache)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,11 +15,9 @@ from typing import Any
 
 from truetune.config import cache_dir
 from truetune.errors import UserError, out_of_memory
+from truetune.fingerprint import hash_file, hash_folder
 from truetune.hub import fetch
 from truetune.weights import check_files
-
-PROBE_BYTES = 1 << 16
-"""Bytes read at each of 64 places of a weight file for the base's fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") ->
         return Base(name, cache_dir() / "gguf" / fingerprint[:16], fingerprint)
     folder = path if path.exists() or _looks_like_path(name) else fetch(name, revision=revision, hub=hub)
     _check_folder(name, folder)
-    return Base(name, folder, _fingerprint(folder), revision, hub)
+    return Base(name, folder, hash_folder(folder), revision, hub)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -78,25 +75,6 @@ def _check_folder(name: str, folder: Path) -> None:
             raise UserError("model_pickle", where=name, fix="model_pickle", file=pickled[0])
         raise UserError("model_no_weights", where=name, fix="model_no_weights")
     check_files(folder)
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a sha256 over the configuration and 64 places of each weight file: quick on 8 GB, blind between them."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for place in range(64):
-                file.seek(place * max(size - PROBE_BYTES, 0) // 63)
-                digest.update(file.read(PROBE_BYTES))
-    return digest.hexdigest()
 
 
 def prepare_base(base: Base) -> None:
@@ -258,10 +236,18 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """Return `model` with the adapter of `folder` for use (not trainable)."""
+    """Return `model` with the adapter of `folder` for use (not trainable).
+
+    Raises: UserError if its weights are not of this model's shapes.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (RuntimeError, ValueError) as error:
+        # torch lists every tensor; the first one says enough.
+        problem = " ".join(str(error).split("\n")[:2])
+        raise UserError("adapter_no_fit", where=str(folder), fix="adapter_no_fit", problem=problem) from None
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -106,8 +106,8 @@ def _load_adapter(folder: Path, *, is_base: bool) -> Model:
     revision = config.get("revision") or "main"
     hub = known["base"]["hub"] if known else "huggingface"
     base = find_base(config["base_model_name_or_path"], revision=revision, hub=hub)
-    if known and known["base"]["fingerprint"] != base.fingerprint:
-        raise UserError("other_base", where=str(folder), fix="other_base", name=base.name)
+    if known:
+        identity.check_base(folder, known, name=base.name, fingerprint=base.fingerprint)
     prepare_base(base)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else base.folder)
@@ -122,7 +122,7 @@ def _load_adapter(folder: Path, *, is_base: bool) -> Model:
         )
     else:
         renderer = build_renderer(tokenizer, eos_ids(base.folder))
-    num_probes = identity.check(folder, renderer, probes=known["probes"]) if known else None
+    num_probes = identity.check(folder, renderer, known=known) if known else None
     model = load_base(base, choose_dtype()[0])
     if is_base:
         return Model(base.title, _ready(model), renderer, num_probes)
