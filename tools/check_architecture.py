@@ -105,7 +105,15 @@ MAY_IMPORT: dict[str, set[str]] = {
             "preflight",
         )
     },
-    "use": {"errors", "records", "rundir", "data.template", "model", "checkpoint", "identity", "generate"},
+    "source": {
+        *("errors", "records", "rundir", "data.store", "data.template", "model", "checkpoint", "identity"),
+    },
+    "use": {"errors", "records", "rundir", "data.template", "model", "source", "generate"},
+    "drift": {"records"},
+    "merge": {
+        *("checkpoint", "config", "disk", "drift", "errors", "generate", "identity", "model", "records", "source"),
+        *("data.template", "weights"),
+    },
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
     "": {"config", "console", "records", "rundir", "preflight", "training", "use"},

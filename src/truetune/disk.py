@@ -8,6 +8,7 @@ NAME             complete: its manifest, written last, holds the size and sha256
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -107,6 +108,17 @@ def is_leftover(path: Path) -> bool:
     """Return whether a process that died left this: half-written, half-removed."""
     is_file = path.name.startswith(".") and path.suffix == ".tmp"
     return is_file or path.name.startswith((STAGING, TRASH))
+
+
+def clear_killed(target: Path) -> None:
+    """Remove what processes that died while they wrote `target` left beside it; a living one's is not touched."""
+    import psutil
+
+    for prefix in (STAGING, TRASH):
+        for path in target.parent.glob(f"{prefix}{glob.escape(target.name)}-*"):
+            pid = path.name.rpartition("-")[2]
+            if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+                shutil.rmtree(path)
 
 
 def sweep(folder: Path) -> None:

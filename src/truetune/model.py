@@ -140,6 +140,13 @@ def eos_ids(folder: Path) -> list[int]:
     return []
 
 
+def stored_dtype(folder: Path) -> str:
+    """Return the type that config.json says the weights are stored as; float32 if it says none that is known."""
+    values = _read_json(folder / "config.json")
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype if dtype in ("bfloat16", "float16") else "float32"
+
+
 def model_type(folder: Path) -> str:
     """Return the family that config.json names."""
     return str(_read_json(folder / "config.json").get("model_type", "?"))

@@ -19,11 +19,14 @@ TEXTS = {
     "help.no_run_system": "Do not use the run's system prompt.",
     "help.max_new_tokens": "Longest answer, in tokens (512).",
     "help.temperature": "0: always the likeliest token (default); higher: more varied answers.",
+    "help.merge_output": "Folder of the merged model.",
+    "help.merge_dtype": "Type of the stored weights; auto: the base's. Less than float32 rounds small changes away.",
     "command.train": "Check the data, train, evaluate, write the adapter.",
     "command.check": "Show what would be learned, and what not, before any training.",
     "command.chat": "Talk to a run, an adapter or a model (the newest run by default).",
     "command.runs": "List the runs: data, model, steps, losses, state.",
     "command.verify": "Compare every file of a run with its manifest; with --resume-exact, train steps again.",
+    "command.merge": "Merge a run's adapter into its base, as one folder that every tool loads.",
     "command.env": "Show versions, devices, and what would be chosen on this machine.",
     "command.demo": "See the whole story: train a small model on the bundled examples, in minutes.",
     # --- configuration keys ---
@@ -86,6 +89,7 @@ TEXTS = {
     "status.steps": "Timing a few steps",
     "status.load": "Loading {name} as {dtype} ({reason})",
     "status.load_use": "Loading {name}",
+    "status.merge": "Merging {name}, and comparing what is read back",
     "report.title": "Data",
     "report.used": "{used:,}, {held_out:,} of them held out",
     "report.learned": "{learned:,} ({share:.0%} of all; {template_share:.0%} of them written by the template)",
@@ -168,6 +172,13 @@ TEXTS = {
         "{steps} steps after step {start} taken again: {count} numbers, all weights and moments, the same to the bit."
     ),
     "measure.title": "The whole run",
+    "merge.done": "Merged in float32, stored as {dtype}: {path}",
+    "merge.drift": (
+        "Read back and compared with base and adapter on {tokens} tokens of {pairs} answers: "
+        "KL {kl:.1e} nats a token, the same likeliest token at {same:.1%}, logits at most {largest:.1e} apart."
+    ),
+    "merge.lost": "Training moved it by KL {learned:.1e}. Rounding to {dtype} moved the weights {lost:.2%} as far as training did.",
+    "merge.system": "The run's system prompt is not in the weights; other tools must send it: {system}",
     "measure.time": "about {minutes} min {seconds} s after loading ({step:.2f} s a step)",
     "measure.memory": "about {gigabytes:.1f} GB at the peak",
     "env.title": "This machine",

@@ -203,6 +203,23 @@ TEXTS = {
     "fix.identity_format": "Train again with this version, or remove the file to use the adapter without checks.",
     "error.adapter_no_fit": "the adapter does not fit its base: {problem}",
     "fix.adapter_no_fit": "Give the base it was trained on (base_model_name_or_path in adapter_config.json).",
+    "error.merge_no_adapter": "there is no adapter here: nothing to merge",
+    "fix.merge_no_adapter": "Give a run or an adapter folder.",
+    "error.merge_not_empty": "the folder is not empty and holds no earlier merge",
+    "error.merge_quantised": (
+        "the base is quantised ({kind}): a merge would round the adapter away, or change what it was trained on"
+    ),
+    "fix.merge_quantised": "Merge into the unquantised base of the same name, or serve base and adapter apart.",
+    "error.vocab_grown": "the tokenizer has {tokens} tokens, the base weights for {rows}",
+    "fix.vocab_grown": "Use the base's own tokenizer: Truetune trains no new tokens.",
+    "error.merge_lost": (
+        "stored as {dtype}, rounding would move the weights {lost:.0%} as far as training did (at most {max_lost:.0%})"
+    ),
+    "error.too_far": (
+        "read back, it is not the model that was trained: KL {kl:.2g} nats a token (at most {max_kl}), "
+        "the same likeliest token at {same:.1%} (at least {min_same:.0%}); nothing was written"
+    ),
+    "fix.merge_far": "Store more exactly: --dtype float32.",
     # --- errors: runs and machine ---
     "error.output_is_file": "is a file, not a folder",
     "error.output_not_empty": "the folder is not empty and holds no run",

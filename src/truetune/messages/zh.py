@@ -19,11 +19,14 @@ TEXTS = {
     "help.no_run_system": "不使用训练时的系统提示词。",
     "help.max_new_tokens": "回答的最大长度，单位 token（512）。",
     "help.temperature": "0：总取最可能的词（默认）；越大回答越多样。",
+    "help.merge_output": "合并后模型的文件夹。",
+    "help.merge_dtype": "存储权重的类型；auto：与基座相同。低于 float32 的类型会舍掉微小的变化。",
     "command.train": "检查数据、训练、评估、写出适配器。",
     "command.check": "训练之前，先看会学到什么、不会学到什么。",
     "command.chat": "与一次训练、适配器或模型对话（默认最新的训练）。",
     "command.runs": "列出各次训练：数据、模型、步数、损失、状态。",
     "command.verify": "把一次训练的每个文件与清单比对；加 --resume-exact 则重新训练几步来比较。",
+    "command.merge": "把训练好的适配器合并进基座，得到任何工具都能加载的文件夹。",
     "command.env": "显示版本、设备，以及在这台机器上会做的选择。",
     "command.demo": "看完整的过程：用自带样本训练一个小模型，只要几分钟。",
     # --- 配置项 ---
@@ -86,6 +89,7 @@ TEXTS = {
     "status.steps": "正在给几步计时",
     "status.load": "正在加载 {name}，类型 {dtype}（{reason}）",
     "status.load_use": "正在加载 {name}",
+    "status.merge": "正在合并 {name}，并与读回的结果比较",
     "report.title": "数据",
     "report.used": "{used:,}，其中留出 {held_out:,} 条",
     "report.learned": "{learned:,}（占全部的 {share:.0%}；其中 {template_share:.0%} 由模板写出）",
@@ -163,6 +167,13 @@ TEXTS = {
     "verify.exact": "第 {start} 步之后重新训练 {steps} 步：{count} 个数字，逐位相同。",
     "verify.exact_state": "第 {start} 步之后重新训练 {steps} 步：{count} 个数字、全部权重和动量，逐位相同。",
     "measure.title": "整个训练",
+    "merge.done": "以 float32 合并，存为 {dtype}：{path}",
+    "merge.drift": (
+        "读回后与基座加适配器比较（{pairs} 条回答，{tokens} 个 token）："
+        "每 token KL {kl:.1e} nats，最可能 token 相同的占 {same:.1%}，logits 最多相差 {largest:.1e}。"
+    ),
+    "merge.lost": "训练使其移动了 KL {learned:.1e}。舍入到 {dtype} 使权重移动的量，是训练的 {lost:.2%}。",
+    "merge.system": "训练时的系统提示不在权重里，其他工具需要自己发送：{system}",
     "measure.time": "加载之后约 {minutes} 分 {seconds} 秒（每步 {step:.2f} 秒）",
     "measure.memory": "峰值约 {gigabytes:.1f} GB",
     "env.title": "这台机器",

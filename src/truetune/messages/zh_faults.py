@@ -203,6 +203,19 @@ TEXTS = {
     "fix.identity_format": "请用这个版本重新训练；或删除这个文件，不经核对地使用适配器。",
     "error.adapter_no_fit": "适配器与基座不匹配：{problem}",
     "fix.adapter_no_fit": "请给出训练时的基座（adapter_config.json 里的 base_model_name_or_path）。",
+    "error.merge_no_adapter": "这里没有适配器，无需合并",
+    "fix.merge_no_adapter": "请给出训练文件夹或适配器文件夹。",
+    "error.merge_not_empty": "文件夹不为空，里面也不是以前合并的结果",
+    "error.merge_quantised": "基座是量化的（{kind}）：合并会把适配器舍掉，或改变训练时的基座",
+    "fix.merge_quantised": "请合并到同名的未量化基座，或让基座与适配器分开使用。",
+    "error.vocab_grown": "分词器有 {tokens} 个 token，基座只有 {rows} 个的权重",
+    "fix.vocab_grown": "请使用基座自己的分词器：Truetune 不训练新 token。",
+    "error.merge_lost": "存为 {dtype} 时，舍入使权重移动的量是训练的 {lost:.0%}（最多 {max_lost:.0%}）",
+    "error.too_far": (
+        "读回后不再是训练出的模型：每 token KL {kl:.2g} nats（最多 {max_kl}），"
+        "最可能 token 相同的占 {same:.1%}（至少 {min_same:.0%}）；没有写下任何文件"
+    ),
+    "fix.merge_far": "请存得更精确：--dtype float32。",
     # --- 错误：训练与机器 ---
     "error.output_is_file": "是文件，不是文件夹",
     "error.output_not_empty": "文件夹不是空的，也不是训练文件夹",
