@@ -18,7 +18,7 @@ from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
 from truetune.errors import Interrupted, MachineError, TruetuneError, UserError, out_of_memory
 from truetune.messages import text
 
-COMMANDS = ("train", "check", "chat", "runs", "verify", "merge", "env", "demo")
+COMMANDS = ("train", "check", "chat", "runs", "verify", "merge", "export", "env", "demo")
 
 
 class Program(click.Group):

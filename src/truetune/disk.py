@@ -78,6 +78,31 @@ def staged(target: Path, **facts: Any) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; the file there takes the place of `target`, durably, when it is complete.
+
+    Raises: MachineError if the disk is full, with the numbers; then `target` is as it was.
+    """
+    staging = target.with_name(f"{STAGING}{target.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        path = staging / target.name
+        yield path
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _disk_full(target, num_bytes=_size(staging)) from error
+        raise
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def _errno(error: Exception) -> int | None:
     """Return the system's number of a fault; safetensors and tokenizers, in Rust, tell it only in words."""
     if isinstance(error, OSError):

@@ -37,7 +37,7 @@ class Drift:
     largest: float
     gap: float
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, Any]:
         """Return the numbers for a text."""
         return {
             "pairs": self.num_pairs,
@@ -51,7 +51,8 @@ class Drift:
 
 def chosen(pairs: Sequence[Pair]) -> list[Pair]:
     """Return the first pairs that are compared: few enough that their logits fit into memory."""
-    taken, num_tokens = [], 0
+    taken: list[Pair] = []
+    num_tokens = 0
     for pair in pairs:
         num_tokens += len(pair.answer_ids)
         if taken and num_tokens > MAX_TOKENS:

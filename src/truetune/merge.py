@@ -18,18 +18,21 @@ from typing import Any
 import torch
 
 from truetune import identity
+from truetune.data.template import Renderer
 from truetune.disk import clear_killed, read_manifest, staged, to_json, write_atomic
 from truetune.drift import MAX_ROWS, Drift, Logits, answer_logits, chosen, compare, model_logits
 from truetune.errors import UserError
 from truetune.generate import Sampling
 from truetune.model import load_adapter, load_base, pad_id, stored_dtype
-from truetune.records import Pair
+from truetune.records import Conversation, Pair
 from truetune.source import Source
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MAX_KL, MIN_SAME, MAX_LOST = 0.02, 0.95, 0.5
-"""Farther apart is refused, and rounding that moves the weights half as far as training did. Measured (docs/export.md):
-bfloat16 costs 0.0001 nats, a lost adapter several nats."""
+LIMITS = {"float32": (1e-4, 0.97), "float16": (0.02, 0.95), "bfloat16": (0.02, 0.95)}
+"""Nats a token at most, share of tokens with the same likeliest token at least; farther apart is refused. Measured
+(docs/export.md): float32 4e-7, float16 3e-6, bfloat16 6e-5 nats; a lost adapter costs whole nats."""
+MAX_LOST = 0.5
+"""Rounding that moves the weights half as far as training did is refused, too."""
 FACTS = {"made_by": "truetune merge"}
 
 
@@ -75,10 +78,10 @@ def merge(source: Source, *, output: Path, dtype: str = "auto") -> Merged:
     with staged(output, **FACTS, base=source.base.name, dtype=stored) as folder:
         model.to(getattr(torch, stored)).save_pretrained(str(folder))
         del model
-        write_use(folder, source, reference)
+        write_use(folder, source)
         again = load_base(replace(source.base, name=str(output), folder=folder), "float32").eval()
         drift = compare(reference.logits, answer_logits(reference.pairs, of=model_logits(again)))
-        refuse_far(drift, where=str(output), fix="merge_far")
+        refuse_far(drift, where=str(output), fix="merge_far", limits=LIMITS[stored])
     return Merged(output, stored, drift, lost, reference.learned or 0.0)
 
 
@@ -190,7 +193,7 @@ def _untie(model: Any) -> None:
         layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().clone(), requires_grad=False)
 
 
-def write_use(folder: Path, source: Source, reference: Reference) -> None:
+def write_use(folder: Path, source: Source) -> None:
     """Write beside merged weights what their use needs: tokenizer, template, stop tokens, probes, card."""
     renderer = source.renderer
     renderer.save_tokenizer(folder)
@@ -198,7 +201,7 @@ def write_use(folder: Path, source: Source, reference: Reference) -> None:
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     # With it, transformers would take the stop tokens of config.json instead.
     values.pop("_from_model_config", None)
-    write_atomic(path, to_json(values | {"eos_token_id": stop_ids(source, reference)}, indent=2) + "\n")
+    write_atomic(path, to_json(values | {"eos_token_id": stop_ids(renderer)}, indent=2) + "\n")
     if source.known:
         write_atomic(folder / identity.FILE, to_json(source.known, indent=2) + "\n")
     head = {"base_model": source.base.name, "pipeline_tag": "text-generation", "tags": ["sft", "merged"]}
@@ -207,14 +210,18 @@ def write_use(folder: Path, source: Source, reference: Reference) -> None:
     write_atomic(folder / "README.md", f"---\n{lines}---\n\n{body}")
 
 
-def stop_ids(source: Source, reference: Reference) -> list[int]:
+def stop_ids(renderer: Renderer) -> list[int]:
     """Return the ids that end an answer, first the one that ends the answers of training."""
-    ends = [pair.answer_ids[-1] for pair in reference.pairs if pair.answer_ids[-1] in source.renderer.stop_ids]
-    return [*dict.fromkeys([*ends, *source.renderer.stop_ids])]
+    turns = ({"role": "user", "content": "."}, {"role": "assistant", "content": "."})
+    end = renderer.pairs(Conversation("turn", turns))[0].answer_ids[-1]
+    return [*dict.fromkeys([end, *renderer.stop_ids])]
 
 
-def refuse_far(drift: Drift, *, where: str, fix: str) -> None:
-    """Raise UserError if a model read back says too much else than base and adapter do."""
-    if drift.kl > MAX_KL or drift.same_best < MIN_SAME:
-        limits = {"max_kl": MAX_KL, "min_same": MIN_SAME}
-        raise UserError("too_far", where=where, fix=fix, **drift.facts(), **limits)
+def refuse_far(drift: Drift, *, where: str, fix: str, limits: tuple[float, float]) -> None:
+    """Raise UserError if a model read back says too much else than base and adapter do.
+
+    `limits`: nats a token at most, share of tokens with the same likeliest token at least.
+    """
+    if drift.kl > limits[0] or drift.same_best < limits[1]:
+        values = {"max_kl": limits[0], "min_same": limits[1]}
+        raise UserError("too_far", where=where, fix=fix, **drift.facts(), **values)

@@ -87,7 +87,7 @@ def prepare_base(base: Base) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _need_gguf(base.name)
+    need_gguf(base.name)
     path = Path(base.name).expanduser()
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
@@ -108,7 +108,8 @@ def prepare_base(base: Base) -> None:
         shutil.rmtree(staging)
 
 
-def _need_gguf(name: str) -> None:
+def need_gguf(name: str) -> None:
+    """Raise UserError if the gguf package is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -206,6 +207,33 @@ def load_base(base: Base, dtype: str) -> Any:
     if missing:
         raise UserError("model_missing_weights", where=base.name, fix="model_broken", name=missing[0], n=len(missing))
     return model
+
+
+def load_gguf(path: Path, like: Base) -> Any:
+    """Return the weights of a GGUF file in fp32, in a model with the configuration of `like`.
+
+    Raises: UserError if transformers cannot read it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    need_gguf(str(path))
+    config = AutoConfig.from_pretrained(str(like.folder), local_files_only=True)
+    if config.model_type == "mistral":
+        # The same computation, which both GGUF and transformers' reader know as llama only.
+        values = config.to_dict() | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        config = AutoConfig.for_model(**values)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise UserError("model_broken", where=str(path), fix="model_broken", problem=error) from None
 
 
 def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequence[str], seed: int) -> Any:
