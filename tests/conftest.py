@@ -34,8 +34,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that tests prepare stay out of the user's cache."""
+    """Rows that tests prepare, and hashes of their files, stay out of the user's cache."""
     monkeypatch.setattr("truetune.data.prepare.cache_dir", lambda: _cache)
+    monkeypatch.setattr("truetune.fingerprint.cache_dir", lambda: _cache)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,10 @@ from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
 from truetune.errors import Interrupted, MachineError, TruetuneError, UserError, out_of_memory
 from truetune.messages import text
 
-COMMANDS = ("train", "check", "chat", "compare", "eval", "serve", "runs", "verify", "env", "demo")
+COMMANDS = (
+    *("train", "check", "chat", "compare", "eval", "serve", "merge", "export"),
+    *("runs", "verify", "env", "demo"),
+)
 
 
 class Program(click.Group):

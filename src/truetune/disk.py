@@ -8,6 +8,7 @@ NAME             complete: its manifest, written last, holds the size and sha256
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -77,6 +78,31 @@ def staged(target: Path, **facts: Any) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Give a path to write to; the file there takes the place of `target`, durably, when it is complete.
+
+    Raises: MachineError if the disk is full, with the numbers; then `target` is as it was.
+    """
+    staging = target.with_name(f"{STAGING}{target.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        path = staging / target.name
+        yield path
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _disk_full(target, num_bytes=_size(staging)) from error
+        raise
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def _errno(error: Exception) -> int | None:
     """Return the system's number of a fault; safetensors and tokenizers, in Rust, tell it only in words."""
     if isinstance(error, OSError):
@@ -107,6 +133,17 @@ def is_leftover(path: Path) -> bool:
     """Return whether a process that died left this: half-written, half-removed."""
     is_file = path.name.startswith(".") and path.suffix == ".tmp"
     return is_file or path.name.startswith((STAGING, TRASH))
+
+
+def clear_killed(target: Path) -> None:
+    """Remove what processes that died while they wrote `target` left beside it; a living one's is not touched."""
+    import psutil
+
+    for prefix in (STAGING, TRASH):
+        for path in target.parent.glob(f"{prefix}{glob.escape(target.name)}-*"):
+            pid = path.name.rpartition("-")[2]
+            if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+                shutil.rmtree(path)
 
 
 def sweep(folder: Path) -> None:

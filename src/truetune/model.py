@@ -5,7 +5,6 @@ A base is a folder of safetensors, a GGUF file (dequantised once into the cache)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,11 +15,9 @@ from typing import Any
 
 from truetune.config import cache_dir
 from truetune.errors import UserError, out_of_memory
+from truetune.fingerprint import hash_file, hash_folder
 from truetune.hub import fetch
 from truetune.weights import check_files
-
-PROBE_BYTES = 1 << 16
-"""Bytes read at each of 64 places of a weight file for the base's fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") ->
         return Base(name, cache_dir() / "gguf" / fingerprint[:16], fingerprint)
     folder = path if path.exists() or _looks_like_path(name) else fetch(name, revision=revision, hub=hub)
     _check_folder(name, folder)
-    return Base(name, folder, _fingerprint(folder), revision, hub)
+    return Base(name, folder, hash_folder(folder), revision, hub)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -80,25 +77,6 @@ def _check_folder(name: str, folder: Path) -> None:
     check_files(folder)
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(folder: Path) -> str:
-    """Return a sha256 over the configuration and 64 places of each weight file: quick on 8 GB, blind between them."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for place in range(64):
-                file.seek(place * max(size - PROBE_BYTES, 0) // 63)
-                digest.update(file.read(PROBE_BYTES))
-    return digest.hexdigest()
-
-
 def prepare_base(base: Base) -> None:
     """Make the base loadable: dequantise a GGUF file into the cache, once.
 
@@ -109,7 +87,7 @@ def prepare_base(base: Base) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _need_gguf(base.name)
+    need_gguf(base.name)
     path = Path(base.name).expanduser()
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
     try:
@@ -130,7 +108,8 @@ def prepare_base(base: Base) -> None:
         shutil.rmtree(staging)
 
 
-def _need_gguf(name: str) -> None:
+def need_gguf(name: str) -> None:
+    """Raise UserError if the gguf package is not installed."""
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -160,6 +139,13 @@ def eos_ids(folder: Path) -> list[int]:
         if value is not None:
             return list(value) if isinstance(value, list) else [value]
     return []
+
+
+def stored_dtype(folder: Path) -> str:
+    """Return the type that config.json says the weights are stored as; float32 if it says none that is known."""
+    values = _read_json(folder / "config.json")
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return dtype if dtype in ("bfloat16", "float16") else "float32"
 
 
 def model_type(folder: Path) -> str:
@@ -223,6 +209,33 @@ def load_base(base: Base, dtype: str) -> Any:
     return model
 
 
+def load_gguf(path: Path, like: Base) -> Any:
+    """Return the weights of a GGUF file in fp32, in a model with the configuration of `like`.
+
+    Raises: UserError if transformers cannot read it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    need_gguf(str(path))
+    config = AutoConfig.from_pretrained(str(like.folder), local_files_only=True)
+    if config.model_type == "mistral":
+        # The same computation, which both GGUF and transformers' reader know as llama only.
+        values = config.to_dict() | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        config = AutoConfig.for_model(**values)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            local_files_only=True,
+        )
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise UserError("model_broken", where=str(path), fix="model_broken", problem=error) from None
+
+
 def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequence[str], seed: int) -> Any:
     """Return `model` with PEFT's LoRA on `targets` ("all-linear", or module names), trainable weights in fp32.
 
@@ -258,13 +271,21 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
 
 
 def load_adapter(model: Any, folder: Path, *, name: str = "default") -> Any:
-    """Return `model` with the adapter of `folder` for use (not trainable), beside those that it has."""
+    """Return `model` with the adapter of `folder` for use (not trainable), beside those that it has.
+
+    Raises: UserError if its weights are not of this model's shapes.
+    """
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-        return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError) as error:
+        # torch lists every tensor; the first one says enough.
+        problem = " ".join(str(error).split("\n")[:2])
+        raise UserError("adapter_no_fit", where=str(folder), fix="adapter_no_fit", problem=problem) from None
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune import checkpoint, identity
-from truetune.data.template import TEMPLATE_FILE, Renderer, build_renderer
+from truetune.data.template import Renderer
 from truetune.errors import UserError
 from truetune.generate import Sampling, answers, base_only, stream
-from truetune.model import Base, choose_dtype, eos_ids, find_base, load_adapter, load_base, load_tokenizer, prepare_base
+from truetune.model import Base, choose_dtype, load_adapter, load_base
 from truetune.records import Message
-from truetune.rundir import RunDir, list_runs
+from truetune.rundir import list_runs
+from truetune.source import find
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ def load(path: str | Path, *, is_base: bool = False, use_run_system: bool = True
 
     Raises: UserError if it does not exist, its base is another one than it was trained on, or a probe differs.
     """
-    source = _find(str(path), use_run_system=use_run_system)
+    source = find(str(path), use_run_system=use_run_system)
     model = load_base(source.base, choose_dtype()[0])
     if source.folder is None:
-        return Model(str(path), _ready(model), source.renderer)
+        return Model(str(path), _ready(model), source.renderer, source.num_probes)
     if is_base:
         return Model(source.base.title, _ready(model), source.renderer, source.num_probes)
     return Model(str(source.folder), _ready(load_adapter(model, source.folder)), source.renderer, source.num_probes)
@@ -120,7 +119,7 @@ def find_voices(paths: Sequence[str], *, use_run_system: bool = True) -> tuple[B
 
     Raises: UserError as `load` does, or if two have one name or different bases.
     """
-    sources = [_find(path, use_run_system=use_run_system) for path in paths]
+    sources = [find(path, use_run_system=use_run_system) for path in paths]
     first = sources[0]
     for path, source in zip(paths, sources, strict=True):
         if source.base.fingerprint != first.base.fingerprint:
@@ -155,66 +154,6 @@ def load_voices(base: Base, voices: Sequence[Voice]) -> Any:
         if voice.folder is not None:
             model = load_adapter(model, voice.folder, name=str(voice.adapter))
     return _ready(model)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a path means: a base, an adapter folder if there is one, and how it is prompted; no weights yet."""
-
-    base: Base
-    folder: Path | None
-    renderer: Renderer
-    num_probes: int | None = None
-
-
-def _find(path: str, *, use_run_system: bool) -> _Source:
-    folder = _adapter_folder(Path(path).expanduser())
-    found = _find_base_only(path) if folder is None else _find_adapter(folder)
-    return found if use_run_system else replace(found, renderer=replace(found.renderer, system=None))
-
-
-def _adapter_folder(path: Path) -> Path | None:
-    """Return the folder with adapter_config.json that `path` means, or None if it is a model's name."""
-    run = RunDir(path)
-    if run.is_run:
-        # While a run goes on, or after it failed, its newest checkpoint is newer than what a stop before left.
-        if run.adapter.is_dir() and run.read_info()["state"] in ("done", "stopped"):
-            return run.adapter
-        newest, _ = checkpoint.find(run.checkpoints)
-        if newest is None:
-            raise UserError("run_no_adapter", where=str(path), fix="run_no_adapter", path=path)
-        return newest
-    return path if (path / "adapter_config.json").is_file() else None
-
-
-def _find_base_only(name: str) -> _Source:
-    base = find_base(name)
-    prepare_base(base)
-    return _Source(base, None, build_renderer(load_tokenizer(base.folder), eos_ids(base.folder)))
-
-
-def _find_adapter(folder: Path) -> _Source:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    known = identity.read(folder)
-    revision = config.get("revision") or "main"
-    hub = known["base"]["hub"] if known else "huggingface"
-    base = find_base(config["base_model_name_or_path"], revision=revision, hub=hub)
-    if known and known["base"]["fingerprint"] != base.fingerprint:
-        raise UserError("other_base", where=str(folder), fix="other_base", name=base.name)
-    prepare_base(base)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(folder if has_tokenizer else base.folder)
-    if not known:
-        return _Source(base, folder, build_renderer(tokenizer, eos_ids(base.folder)))
-    renderer = Renderer(
-        tokenizer,
-        (folder / TEMPLATE_FILE).read_text(encoding="utf-8"),
-        tuple(known["stop_ids"]),
-        known["system"],
-        known["chat_template_kwargs"],
-        known["date"],
-    )
-    return _Source(base, folder, renderer, identity.check(folder, renderer, probes=known["probes"]))
 
 
 def _ready(model: Any) -> Any:

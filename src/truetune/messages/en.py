@@ -25,12 +25,21 @@ TEXTS = {
     "help.port": "Port to listen on.",
     "help.engine": "What computes: transformers (batched while it runs), or vllm, where that is installed.",
     "help.token_file": "File with the token that every request must bear; made if it is not there.",
+    "help.merge_output": "Folder of the merged model.",
+    "help.merge_dtype": "Type of the stored weights; auto: the base's. Less than float32 rounds small changes away.",
+    "help.export_to": "gguf: one file; adapter: the adapter alone, as GGUF; ollama: GGUF and Modelfile; hub: upload.",
+    "help.export_quantize": "F32, F16 (default), BF16, Q8_0, Q4_0; with llama-cpp-python also Q4_K_M, Q5_K_M, Q6_K …",
+    "help.export_output": "File or folder to write.",
+    "help.export_repo": "Repository on the Hugging Face hub; made private if it is not there.",
+    "help.export_dry_run": "List the files and print the card; send nothing.",
     "command.train": "Check the data, train, evaluate, write the adapter.",
     "command.check": "Show what would be learned, and what not, before any training.",
     "command.chat": "Talk to a run, an adapter or a model (the newest run by default).",
     "command.serve": "Serve runs, adapters or a model over the OpenAI API (the newest run by default).",
     "command.runs": "List the runs: data, model, steps, losses, state.",
     "command.verify": "Compare every file of a run with its manifest; with --resume-exact, train steps again.",
+    "command.merge": "Merge a run's adapter into its base, as one folder that every tool loads.",
+    "command.export": "Write a run for other programs (GGUF, Ollama, the hub), and prove it by reading it back.",
     "command.env": "Show versions, devices, and what would be chosen on this machine.",
     "command.demo": "See the whole story: train a small model on the bundled examples, in minutes.",
     # --- configuration keys ---
@@ -94,6 +103,8 @@ TEXTS = {
     "status.steps": "Timing a few steps",
     "status.load": "Loading {name} as {dtype} ({reason})",
     "status.load_use": "Loading {name}",
+    "status.merge": "Merging {name}, and comparing what is read back",
+    "status.export": "Exporting {name}, and comparing what is read back",
     "report.title": "Data",
     "report.used": "{used:,}, {held_out:,} of them held out",
     "report.learned": "{learned:,} ({share:.0%} of all; {template_share:.0%} of them written by the template)",
@@ -231,6 +242,25 @@ TEXTS = {
         "{steps} steps after step {start} taken again: {count} numbers, all weights and moments, the same to the bit."
     ),
     "measure.title": "The whole run",
+    "merge.done": "Merged in float32, stored as {dtype}: {path}",
+    "merge.drift": (
+        "Read back and compared with base and adapter on {tokens} tokens of {pairs} answers: "
+        "KL {kl:.1e} nats a token, the same likeliest token at {same:.1%}, logits at most {largest:.1e} apart."
+    ),
+    "merge.lost": "Training: KL {learned:.1e} from the base. Rounding to {dtype} moved the weights {lost:.2%} as far.",
+    "merge.system": "The run's system prompt is not in the weights; other tools must send it: {system}",
+    "export.done": "Written: {path} ({kind}, {size:,.1f} MB)",
+    "export.drift": (
+        "{reader}, compared with base and adapter on {tokens} tokens of {pairs} answers: KL {kl:.1e} nats a token, "
+        "the same likeliest token at {same:.1%}, else preferred by {gap:.2f} at most."
+    ),
+    "export.prompts": "llama.cpp reads {same} of {reachable} prompts as the token ids of training.",
+    "export.prompts_hidden": "{count} prompts hold control tokens as a user's text; no text gives llama.cpp their ids.",
+    "export.no_llama": "Not compared in llama.cpp: pip install llama-cpp-python, and export again.",
+    "export.ollama": "Modelfile: {path} gives the text of {count} prompts. Next: ollama create {name} -f {path}",
+    "export.hub_prompts": "truetune.json is sent, too: it holds {count} prompts, some of them from your data.",
+    "export.hub_dry": "Nothing was sent (--dry-run).",
+    "export.hub_done": "Sent: {address}",
     "measure.time": "about {minutes} min {seconds} s after loading ({step:.2f} s a step)",
     "measure.memory": "about {gigabytes:.1f} GB at the peak",
     "env.title": "This machine",
