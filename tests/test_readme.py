@@ -14,7 +14,8 @@ from truetune.cli import run
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # Run by .ci/run and by hand, since they install: make demo, pip install.
-NOT_RUN_HERE = {"make demo", "pip install -c constraints.txt ."}
+# A server does not end; it is run in tests/serve.
+NOT_RUN_HERE = {"make demo", "pip install -c constraints.txt .", "truetune serve RUN"}
 
 
 def commands_of(name: str) -> list[str]:
@@ -46,7 +47,7 @@ def words_of(command: str) -> list[str]:
     words = [word if word != LARGE_MODEL else "MODEL" for word in shlex.split(command)[1:]]
     if "--resume" in words:
         return words
-    if words[0] == "chat":
+    if words[0] in ("chat", "compare"):
         # A model of random weights would talk to the limit.
         words += ["--max-new-tokens", "8"]
     if words[0] == "train":

@@ -142,7 +142,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export.adapter": {"disk", "errors", "export.*", "merge", "model", "source"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
-    "": {"config", "console", "records", "rundir", "preflight", "training", "use"},
+    "": {"config", "console", "records", "report", "rundir", "preflight", "training", "use"},
     "commands": set(),
 }
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}

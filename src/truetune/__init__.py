@@ -23,13 +23,17 @@ def train(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Ru
 
     Raises: truetune.errors.UserError if the data, the model or a key cannot be used; nothing is written then.
     """
+    from truetune import report
     from truetune.config import language, resolve
     from truetune.console import Console
     from truetune.training import train as run_training
 
     going = {name: keys.pop(name) for name in ("resume", "allow_changed", "skip_bad") if name in keys}
     settings = resolve({"data": _names(data), **_plain({"model": model, **keys})})
-    return run_training(settings, Console(language(settings.config.lang)), **going)
+    console = Console(language(settings.config.lang))
+    run = run_training(settings, console, **going)
+    report.show(run.path, console)
+    return run
 
 
 def check(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Report:

@@ -19,7 +19,7 @@ TEXTS = {
     "help.no_run_system": "不使用训练时的系统提示词。",
     "help.max_new_tokens": "回答的最大长度，单位 token。",
     "help.temperature": "0：总取最可能的词（默认）；越大回答越多样。",
-    "help.top_p": "只从累计概率达到该值的最可能词元中抽取（1：全部）。",
+    "help.top_p": "只从累计概率达到该值的最可能 token 中抽取（1：全部）。",
     "help.seed": "相同的种子得到相同的回答。",
     "help.host": "监听的地址；除本机地址外都需要 --token-file。",
     "help.port": "监听的端口。",
@@ -144,7 +144,7 @@ TEXTS = {
     "train.choice": "  {name}: {value}  （{origin}）",
     "train.fewer_held_out": "这次训练很短：{total} 条留出样本中评估 {used} 条。",
     "train.eval": "第 {step} 步：留出样本的损失 {loss}",
-    "train.samples_base": "训练前，基础模型的回答：",
+    "train.samples_base": "训练前，基座的回答：",
     "train.samples": "第 {step} 步后的回答：",
     "train.prompt": "  > {prompt}",
     "train.answer": "    {answer}",
@@ -178,11 +178,11 @@ TEXTS = {
     "chat.no_probes": "没有探针：这个文件夹没有记录它是怎样训练的。",
     "chat.probes": "与训练对比了 {count} 条提示：token 完全相同。",
     "chat.how": (
-        "/reset 重新开始，/base 让基础模型回答同一问题，/system 文本 设定系统提示，/save [文件] 把对话存为训练数据，"
+        "/reset 重新开始，/base 让基座回答同一问题，/system 文本 设定系统提示，/save [文件] 把对话存为训练数据，"
         "/exit 退出。"
     ),
     "chat.reset": "（重新开始）",
-    "chat.no_base": "（还没有问题，或该模型没有基础模型）",
+    "chat.no_base": "（还没有问题，或该模型没有基座）",
     "chat.system_set": "（用这个系统提示重新开始）",
     "chat.system_back": "（用该次训练的系统提示重新开始）",
     "chat.nothing_said": "（还没有对话）",
