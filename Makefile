@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-faults check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving install install-dev docs clean
+.PHONY: demo test test-faults test-llama check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving bench-serving install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -16,6 +16,11 @@ test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny mode
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
+
+test-llama: .venv/installed-dev ## exports in llama.cpp itself, built from source (three minutes, once)
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" $(INSTALL) llama-cpp-python==0.3.36
+	$(BIN)/python -m pytest -m llama
 
 check: lint fast ## format, lint, types, architecture, generated docs, fast tests
 
@@ -49,6 +54,9 @@ bench-data: .venv/installed ## rows/s and memory of preparing up to a million ro
 
 bench-saving: .venv/installed ## what checkpoints cost in the demo
 	$(BIN)/python -m bench.saving
+
+bench-serving: .venv/installed-dev ## answers of 16 clients at once against one, and 200 clients
+	$(BIN)/python -m bench.serving
 
 docs: .venv/installed-dev ## write the generated pages of docs/
 	$(BIN)/python tools/generate_docs.py

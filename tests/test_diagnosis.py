@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
+from small_base import teach
 
 from truetune import report
 from truetune.cli import run
@@ -34,54 +34,7 @@ SCHOOL = [
 """What the base has learned: to answer, to stop, and the words of the other rows."""
 
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def teach(folder: Path, *, rows: list[dict[str, str]], num_steps: int, learning_rate: float = 3e-3) -> Path:
-    """Make a base of two layers and a few hundred tokens, and train all its weights on rows by plain transformers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    from truetune.data.template import build_renderer
-    from truetune.records import Conversation
-
-    texts = [text for row in (*SUMS, *SURPRISES, *ECHOES, *SCHOOL) for text in row.values()]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), eos_token_id=1, **sizes, **heads)).train()
-    pairs = []
-    for row in rows:
-        messages = ({"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]})
-        pairs += build_renderer(tokenizer, [1]).pairs(Conversation("x", messages))
-    ids = torch.zeros(len(pairs), max(map(len, pairs)), dtype=torch.long)
-    labels = torch.full_like(ids, torch.nn.CrossEntropyLoss().ignore_index)
-    for number, pair in enumerate(pairs):
-        ids[number, : len(pair)] = torch.tensor(pair.prompt_ids + pair.answer_ids)
-        labels[number, len(pair.prompt_ids) : len(pair)] = torch.tensor(pair.answer_ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    for _ in range(num_steps):
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
+ALL = [*SUMS, *SURPRISES, *ECHOES, *SCHOOL]
 BASES = {"random": (SCHOOL, 0), "schooled": (SCHOOL, 120), "knowing": (SUMS, 300), "surprised": (OTHER_SURPRISES, 30)}
 """What each base was taught, and in how many steps: nothing; to answer; these answers; words in any order."""
 
@@ -94,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         rows, num_steps = BASES[name]
         path = folder / name
-        return path if path.exists() else teach(path, rows=rows, num_steps=num_steps)
+        return path if path.exists() else teach(path, rows=rows, words=ALL, num_steps=num_steps)
 
     return make
 

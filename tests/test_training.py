@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_base import teach
 
 from truetune.cli import run
+from truetune.generate import Sampling, replies
 from truetune.rundir import RunDir
+from truetune.use import load
 
 pytestmark = pytest.mark.slow
 
@@ -276,3 +279,25 @@ def test_weights_decide_how_often_rows_come(data: Path, tiny_qwen: Path, tmp_pat
     assert len(taken) == 20 + 40
     assert len([row for row in taken if row < 40]) == 20 == len({row for row in taken if row < 40})
     assert sorted(row for row in taken if row >= 40) == sorted([*range(40, 60), *range(40, 60)])
+
+
+def test_eight_examples_by_heart(tmp_path: Path) -> None:
+    """Learned by heart, each answer comes back word for word, and ends before it must (E13)."""
+    capitals = {"Peru": "Lima", "Kenya": "Nairobi", "Japan": "Tokyo", "Chad": "N'Djamena", "Oman": "Muscat"}
+    rows = [
+        {"instruction": f"Where is {name}'s seat?", "output": f"In {city}, I am told. 🙂"}
+        for name, city in capitals.items()
+    ]
+    rows += [{"instruction": f"{word}?", "output": f"{word}\n  {word}!"} for word in ("Ja", "是", "oui")]
+    school = [{"instruction": f"Tell me of {row['instruction']}", "output": f"So: {row['output']}"} for row in rows]
+    base = teach(tmp_path / "base", rows=school, words=rows, num_steps=80)
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    keys = ["--num-train-epochs", "80", "--learning-rate", "1e-2", "--lora-r", "32", "--eval-split", "0"]
+    words = ["train", str(tmp_path / "data.json"), "--model", str(base), "--output-dir", str(tmp_path / "out"), *keys]
+    assert run(words) == 0
+    model = load(tmp_path / "out")
+    prompts = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    found = replies(model.model, model.renderer, prompts=prompts, sampling=Sampling(64))
+    assert [(reply.text, reply.is_ended) for reply in found] == [(row["output"], True) for row in rows]
+    assert all(len(reply.token_ids) < 64 for reply in found)
+    assert len(found) == 8

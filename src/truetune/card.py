@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -116,6 +117,7 @@ def make_card(
     engine: Engine, renderer: Renderer, *, subject: Subject, trained: Sequence[Row], held_out: Sequence[Row]
 ) -> Card:
     """Measure the engine's adapter against its base. `held_out`: may be empty; then trained rows are shown."""
+    began = time.perf_counter()
     steps = [event for event in subject.events if event["kind"] == "step"]
     num_trained_rows = sum(event["rows"] for event in steps)
     num_compared = max(int(MAX_SHARE * STEP_COST * num_trained_rows / 3), MIN_ROWS)
@@ -126,7 +128,9 @@ def make_card(
     losses = [row_losses(rows, scores) for scores in (base, tuned)]
     answers, talk = _answers(engine, renderer, rows=rows, losses=losses, seed=subject.seed)
     lang = language_of(row.answer for row in rows)
-    train_seconds, overhead_share = _times(subject.events)
+    trained_metrics = measure(engine, list(trained[: len(rows)])) if len(held_out) else None
+    forgetting = check_forgetting(engine, renderer, lang=lang)
+    train_seconds, overhead_share = _times(subject.events, card_seconds=time.perf_counter() - began)
     return Card(
         name=subject.name,
         model=subject.model,
@@ -140,10 +144,10 @@ def make_card(
         is_held_out=len(held_out) > 0,
         base=rate(rows, base),
         tuned=rate(rows, tuned),
-        trained=measure(engine, list(trained[: len(rows)])) if len(held_out) else None,
+        trained=trained_metrics,
         answers=answers,
         talk=talk,
-        forgetting=check_forgetting(engine, renderer, lang=lang),
+        forgetting=forgetting,
         losses=[(event["step"], event["loss"]) for event in steps],
         held_out_losses=[(event["step"], event["eval_loss"]) for event in subject.events if event["kind"] == "eval"],
         train_seconds=train_seconds,
@@ -151,10 +155,10 @@ def make_card(
     )
 
 
-def _times(events: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return the seconds of the steps, and the share of the rest (evaluations, samples) in all."""
+def _times(events: Sequence[dict[str, Any]], *, card_seconds: float) -> tuple[float, float]:
+    """Return the seconds of the steps, and the share of the rest (evaluations, samples, this card) in all."""
     train = sum(event["seconds"] for event in events if event["kind"] == "step")
-    rest = sum(event["seconds"] for event in events if event["kind"] in ("eval", "sample"))
+    rest = card_seconds + sum(event["seconds"] for event in events if event["kind"] in ("eval", "sample"))
     return train, rest / (train + rest)
 
 

@@ -82,7 +82,17 @@ def learned_lines(card: Values, lang: str) -> list[tuple[str, str]]:
 def metric_lines(card: Values, lang: str) -> list[tuple[str, ...]]:
     """Return the metrics as (label, base, tuned, tuned on trained rows or "")."""
     sides = [card["base"], card["tuned"], card["trained"]]
-    return [(text(f"card.{name}", lang), *(metric(name, side) for side in sides)) for name in METRICS]
+    talk, forgetting = card["talk"], card["forgetting"]
+    answers = {
+        "ended": [f"{talk[f'{side}_ended']:.0%}" for side in ("base", "tuned")],
+        "repeated": [f"{talk[f'{side}_repeated']:.0%}" for side in ("base", "tuned")],
+    }
+    of_talk = answers if talk["num_answers"] else {}
+    of_base = {"general_loss": [f"{forgetting[side]:.3f}" for side in ("before", "after")]}
+    return [
+        *((text(f"card.{name}", lang), *(metric(name, side) for side in sides)) for name in METRICS),
+        *((text(f"card.{name}", lang), *values, "") for name, values in (of_talk | of_base).items()),
+    ]
 
 
 def metric(name: str, side: Values | None) -> str:
