@@ -298,9 +298,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "truetune"
 
 
-def hand_down(name: str, value: str) -> None:
-    """Set a variable for a program that takes over this process."""
-    os.environ[name] = value
+def hand_down(name: str, value: str, *, is_default: bool = False) -> None:
+    """Set a variable for a library loaded later or a program that takes over. `is_default`: the user's own wins."""
+    if not is_default or name not in os.environ:
+        os.environ[name] = value
 
 
 def language(choice: str = "auto") -> str:

@@ -68,7 +68,7 @@ def test_it_takes_over(tiny_runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "vllm.py").touch()
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
     words = ["serve", str(tiny_runs[0]), "--engine", "vllm", "--token-file", str(tmp_path / "token"), "--port", "9"]
-    environment |= {"TRUETUNE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    environment |= {"VLLM_API_KEY": "another", "TRUETUNE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     command = [sys.executable, "-m", "truetune", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from truetune.config import hand_down
 from truetune.errors import UserError
 from truetune.messages import text
 
@@ -52,6 +53,8 @@ def _serve(
     console: Console, paths: Sequence[str], host: str, port: int, *, token_file: str | None, use_run_system: bool
 ) -> int:
     _need_packages()
+    # oneDNN keeps 1,024 compiled products, 130 KB each; a server meets that many shapes.
+    hand_down("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256", is_default=True)
     from truetune.serve.running import bind, make_service, serve
     from truetune.use import find_voices, load_voices
 
@@ -110,7 +113,7 @@ def _exec_vllm(paths: Sequence[str], host: str, port: int, *, token_file: str | 
     """Become vLLM, with the same names and prompts."""
     import os
 
-    from truetune.config import cache_dir, hand_down
+    from truetune.config import cache_dir
     from truetune.serve import vllm
     from truetune.use import find_voices
 

@@ -24,8 +24,9 @@ from truetune.records import first_difference
 from truetune.serve.cache import SlotCache, attention_masks
 from truetune.serve.sampler import Draw, Scored, pick, score
 
-LENGTH_STEP = 256
-"""Buffers grow by so many tokens, so that they seldom grow."""
+LENGTH_STEP, WIDTH_STEP = 256, 16
+"""Buffers grow by so many tokens, so that they seldom grow; pieces are so wide or a multiple: for each new shape a CPU
+compiles its products anew, and keeps them."""
 
 
 @dataclass(eq=False)
@@ -119,7 +120,8 @@ class Batch:
 
     def _forward(self, places: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
         """Feed the next `counts` ids of the rows at `places`; return logits [B, V] of the last column."""
-        rows, width = [self.rows[at] for at in places], max(counts)
+        rows = [self.rows[at] for at in places]
+        width = 1 if max(counts) == 1 else -(-max(counts) // WIDTH_STEP) * WIDTH_STEP
         pieces = [row.ids[row.num_done : row.num_done + count] for row, count in zip(rows, counts, strict=True)]
         ids_BQ = torch.tensor([piece + [0] * (width - len(piece)) for piece in pieces], device=self._device)
         starts_B1 = torch.tensor([[row.num_done] for row in rows], device=self._device)
