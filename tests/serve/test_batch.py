@@ -156,12 +156,12 @@ def test_each_row_has_its_own_wishes(tiny: Any) -> None:
 
 @pytest.mark.real
 def test_real_weights_together_as_generate(smol: Path, smol_tokenizer: Any) -> None:
-    """SmolLM2 in fp32: eight questions that come and go, and transformers' own `generate` for each alone."""
+    """SmolLM2 in fp32: six questions that come and go, and transformers' own `generate` for each alone."""
     from truetune.data.template import build_renderer
 
     model = load_base(find_base(str(smol)), "float32").eval()
     renderer = build_renderer(smol_tokenizer, [2])
-    prompts = [renderer.prompt_ids([{"role": "user", "content": f"Name {n} rivers."}]) for n in range(2, 10)]
+    prompts = [renderer.prompt_ids([{"role": "user", "content": f"Name {n} rivers."}]) for n in range(2, 8)]
     wanted = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
