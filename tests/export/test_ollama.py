@@ -40,7 +40,7 @@ def probes_of(renderer: Renderer) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("system", [None, "You keep the light."])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shape_is_found_and_proven(family: str, system: str | None) -> None:
-    """ChatML, Llama 3, Gemma (system in the first turn), Mistral (in the last one); with a system prompt and without."""
+    """ChatML, Llama 3, Gemma (system in the first turn), Mistral (in the last one), with a system prompt or not."""
     renderer, skip = renderer_of(family, system)
     probes = probes_of(renderer)
     template = go_template(renderer, skip=skip)
@@ -55,7 +55,7 @@ def test_the_words_of_a_template() -> None:
     """As it stands in the file, for ChatML."""
     renderer, _ = renderer_of("qwen3")
     assert go_template(renderer) == (
-        "{{- range $i, $_ := .Messages }}"
+        "{{ range $i, $_ := .Messages }}"
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
         '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
@@ -75,7 +75,7 @@ def test_smollm(smol_tokenizer: Any) -> None:
     """It writes a system turn of its own where there is none."""
     renderer = build_renderer(smol_tokenizer, [2])
     template = go_template(renderer)
-    assert "{{- if not .System }}<|im_start|>system\nYou are a helpful AI assistant" in template
+    assert "{{ if not .System }}<|im_start|>system\nYou are a helpful AI assistant" in template
     assert prove(template, renderer, probes=probes_of(renderer)) == 5
 
 

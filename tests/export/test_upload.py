@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -66,7 +66,7 @@ def test_links_and_empty_folders_are_refused(folder: Path, tmp_path: Path) -> No
 class Hub:
     """Stands for HfApi; keeps what it was told."""
 
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
 
     def create_repo(self, repo: str, **options: Any) -> None:
         self.calls.append((repo, options))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from truetune.errors import UserError
 from truetune.records import Message
 
 SYSTEM, USER, ANSWER, LATER = "⟪system⟫", "⟪user⟫", "⟪answer⟫", "⟪later⟫"
-RANGE = "{{- range $i, $_ := .Messages }}"
+RANGE = "{{ range $i, $_ := .Messages }}"
 FIRST, LAST = "(eq $i 1)", "(eq (len (slice $.Messages $i)) 1)"
 
 
@@ -97,7 +98,7 @@ def go_template(renderer: Renderer, *, skip: str = "") -> str:
     inside = (
         f"{{{{ if and $.System {shape.place} }}}}{{{{ $.System }}}}{shape.join}{{{{ end }}}}" if shape.place else ""
     )
-    head = f"{{{{- if not .System }}}}{shape.default}{{{{ end }}}}" if shape.default else ""
+    head = f"{{{{ if not .System }}}}{shape.default}{{{{ end }}}}" if shape.default else ""
     system = shape.system
     branch = f'if eq .Role "system" }}}}{system.before}{{{{ .Content }}}}{system.behind}{{{{ else ' if system else ""
     return (
@@ -130,14 +131,15 @@ def find_shape(renderer: Renderer, *, skip: str = "") -> Shape:
     between, behind_answer = two.split(ANSWER)[0].split(USER)[1], two.split(ANSWER)[1].split(LATER)[0]
     head = one.split(USER)[0]
     before_user = _common_end(head, behind_answer)
+    for stop in renderer.tokenizer.batch_decode([[number] for number in renderer.stop_ids]):
+        # A default system turn ends as an answer does: that end is not the beginning of a user's turn.
+        before_user = before_user.rpartition(stop)[2].lstrip() if stop in before_user else before_user
     # `ending` is a user's end and the opening of an answer; `between` is that end and what stands before an answer.
     behind = _common_start(ending, between)
-    try:
+    with suppress(UserError):
         # Two users in a row, where the template lets them, tell where that end is.
         alone = shown(("user", USER), ("user", LATER)).split(USER)[1].split(LATER)[0].removesuffix(before_user)
         behind = alone if behind.startswith(alone) else behind
-    except UserError:
-        pass
     opening, before_answer = ending[len(behind) :], between[len(behind) :]
     answer = Wrap(before_answer, behind_answer.removesuffix(before_user))
     user = Wrap(before_user, behind)
@@ -160,7 +162,7 @@ def _common_end(a: str, b: str) -> str:
 
 # --- the part of Go's templates that is written above ---
 
-_PIECE = re.compile(r"\{\{-? (.*?) \}\}", re.DOTALL)
+_PIECE = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
 def render(template: str, messages: Sequence[Message]) -> str:
@@ -169,7 +171,7 @@ def render(template: str, messages: Sequence[Message]) -> str:
     Raises: ValueError at a word that is not written here.
     """
     parts = _PIECE.split(template)
-    # Text and actions take turns; "{{-" takes the white space before it away.
+    # Text and actions take turns.
     tokens = [(number % 2 == 1, part) for number, part in enumerate(parts)]
     system = "".join(str(message["content"]) for message in messages if message["role"] == "system")
     text, at = _block(tokens, 0, {"messages": list(messages), "system": system})
