@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,15 @@ def rows() -> list[dict[str, str]]:
 def has_package(name: str) -> bool:
     """True if a package is installed (it is not imported)."""
     return importlib.util.find_spec(name) is not None
+
+
+@pytest.fixture(scope="module")
+def short_answers() -> Iterator[None]:
+    """Answers of two tokens in samples and report cards: a random model would talk to the limit in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("card.MIN_NEW", "card.MAX_NEW", "forgetting.MAX_NEW", "samples.MIN_NEW", "samples.MAX_NEW"):
+            patch.setattr(f"truetune.{name}_TOKENS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

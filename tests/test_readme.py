@@ -59,6 +59,7 @@ def words_of(command: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_answers")
 def test_every_command_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the text, in one folder, as a reader would; the Chinese one has the same commands (below)."""
     typed = iter(["Who are you?"])
@@ -91,6 +92,7 @@ def test_both_readmes_name_the_same_commands() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_answers")
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_python_block_runs(name: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The API's example, two steps in place of a hundred."""

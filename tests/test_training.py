@@ -20,7 +20,7 @@ from truetune.generate import Sampling, replies
 from truetune.rundir import RunDir
 from truetune.use import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_answers")]
 
 KEYS = ["--batch-size", "8", "--lora-dropout", "0.1", "--learning-rate", "1e-2", "--save-steps", "2"]
 
@@ -57,7 +57,10 @@ def whole(data: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_run_folder_is_the_contract(whole: Path) -> None:
     """Every file of product.md that this version writes; one step line a step; the losses fall."""
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", "run.json", "events.jsonl", "steps.jsonl", "data", "checkpoints", "adapter"}
+    assert names == {
+        *("config.yaml", "run.json", "events.jsonl", "steps.jsonl", "data", "checkpoints", "adapter"),
+        *("report.md", "report.html", "report.json"),
+    }
     steps = step_lines(whole)
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1]["loss"] < steps[0]["loss"]

@@ -297,7 +297,7 @@ MUTANTS = (
         "report.py",
         'autoescape=name.endswith("html")',
         "autoescape=False",
-        "tests/test_report.py",
+        "tests/test_report_card.py",
     ),
     Mutant(
         "26 resume replays the data from the start",

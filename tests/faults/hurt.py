@@ -25,6 +25,7 @@ KEYS = {
     "gradient-checkpointing": "false",
     "dtype": "float32",
     "result": "last",
+    "sample-prompts": "none",
 }
 NUM_STEPS = 6
 FREE = ("seconds", "memory_bytes", "cpu_percent", "gpu_percent")

@@ -358,6 +358,22 @@ def test_no_checkpoint_yet_begins_at_the_base(command: Callable[..., list[str]],
     assert_same(out, whole)
 
 
+def test_samples_are_taken_again_as_they_were(
+    data: Path, held_out: Path, tiny_qwen: Path, stop_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    """Stopped between two samples and resumed: the same answers of base and current model, at the same steps."""
+    keys = {"eval_data": held_out, "sample_prompts": "How much is 3 and 4?", "eval_steps": 3}
+    assert run(words(data, tiny_qwen, tmp_path / "whole", **keys)) == 0
+    stop_at(4)
+    assert run(words(data, tiny_qwen, tmp_path / "resumed", **keys)) == 143
+    stop_at(-1)
+    assert run(words(data, tiny_qwen, tmp_path / "resumed", "--resume", **keys)) == 0
+    assert events(tmp_path / "resumed") == events(tmp_path / "whole")
+    samples = [event for event in events(tmp_path / "whole") if event["kind"] == "sample"]
+    assert [event["step"] for event in samples] == [0, NUM_STEPS]
+    assert samples[0]["base"] == samples[0]["answer"] == samples[1]["base"] != samples[1]["answer"]
+
+
 # --- the result ---
 
 

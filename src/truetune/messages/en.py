@@ -248,8 +248,8 @@ TEXTS = {
         "KL {kl:.1e} nats a token, the same likeliest token at {same:.1%}, logits at most {largest:.1e} apart."
     ),
     "merge.lost": (
-        "Training moved it by KL {learned:.1e} from the base; rounding to {dtype} moved the weights {lost:.2%} as far as "
-        "training did."
+        "Training moved it by KL {learned:.1e} from the base; "
+        "rounding to {dtype} moved the weights {lost:.2%} as far as training did."
     ),
     "merge.system": "The run's system prompt is not in the weights; other tools must send it: {system}",
     "export.done": "Written: {path} ({kind}, {size:,.1f} MB)",
@@ -258,7 +258,9 @@ TEXTS = {
         "the same likeliest token at {same:.1%}, else preferred by {gap:.2f} at most."
     ),
     "export.prompts": "llama.cpp reads {same} of {reachable} prompts as the token ids of training.",
-    "export.prompts_hidden": "Not comparable: {count} with control tokens as a user's text; no text gives llama.cpp their ids.",
+    "export.prompts_hidden": (
+        "Not comparable: {count} with control tokens as a user's text; llama.cpp has no way to read them as text."
+    ),
     "export.no_llama": "Not compared in llama.cpp: pip install llama-cpp-python, and export again.",
     "export.ollama": "Modelfile: {path} gives the text of {count} prompts. Next: ollama create {name} -f {path}",
     "export.hub_prompts": "truetune.json is sent, too: it holds {count} prompts, some of them from your data.",
