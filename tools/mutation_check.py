@@ -377,13 +377,6 @@ MUTANTS = (
         "tests/test_lock.py",
     ),
     Mutant(
-        "34 adapter on another base",
-        "use.py",
-        'if known and known["base"]["fingerprint"] != base.fingerprint:',
-        "if False:",
-        "tests/test_use.py",
-    ),
-    Mutant(
         "35 a key given twice: the last one wins",
         "data/json_rows.py",
         "if len(value) != len(pairs):",

@@ -1,4 +1,4 @@
-"""llama.cpp itself: five families, every type, adapters, and the file that it cannot compute.
+"""llama.cpp itself: five families, every type, adapters, and files that say something else.
 
 Marked `llama`: built from source, in `make test-llama`. Not skipped there: without the package these tests fail.
 """
@@ -115,17 +115,24 @@ def test_an_adapter_alone(family: str, is_scaled: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_file_that_llama_cannot_compute_is_caught(smol: Path) -> None:
-    """SmolLM2's Q4_1: transformers reads it well, llama.cpp 0.3.36 answers garbage, and the comparison says so."""
+def test_a_greedy_text_that_parts_is_told_from_a_broken_file(smol: Path, tmp_path: Path) -> None:
+    """SmolLM2's Q4_1: another answer about France in llama.cpp, at a near-tie; the same file damaged is refused."""
     from truetune.commands.demo import demo_model
 
     source = find(demo_model())
-    _, reference = load_with_reference(source)
+    model, reference = load_with_reference(source)
+    question = source.renderer.prompt_ids([{"role": "user", "content": "What is the capital of France?"}])
     with llama.Llama(Path(demo_model()), num_context=200) as loaded:
         drift = compare(reference.logits, answer_logits(reference.pairs, of=loaded.logits()))
-    assert drift.kl > proven.ROUNDED[0]
+        assert 0 <= first_gap(model, loaded.logits(), question) < 0.5
+    assert drift.kl < 0.05
+    proven._refuse(drift, "Q4_1", where="")
+    content = bytearray(Path(demo_model()).read_bytes())
+    middle = len(content) * 2 // 3
+    content[middle : middle + (1 << 20)] = bytes(range(256)) * (1 << 12)
+    (tmp_path / "damaged.gguf").write_bytes(content)
     with pytest.raises(UserError) as caught:
-        proven._refuse(drift, "Q4_1", where="")
+        check_in_llama(tmp_path / "damaged.gguf", source, reference=reference, kind="Q4_1")
     assert caught.value.key == "too_far"
 
 

@@ -19,7 +19,7 @@ from truetune.source import Source
 EXACT = {"F32": LIMITS["float32"], "F16": LIMITS["float16"], "BF16": LIMITS["bfloat16"]}
 ROUNDED = (0.5, 0.7)
 """Limits of types with less than 16 bits. Measured on the lighthouse run (135M weights, a hard case): Q8_0 0.003 nats
-and 97 %, Q4_0 0.22 and 79 %, the Q4_1 that llama.cpp cannot compute 1.4 and 51 %."""
+and 97 %, Q4_0 0.22 and 79 %, the Q4_1 that llama.cpp's quantiser made 1.4 and 51 %."""
 
 
 @dataclass(frozen=True)
