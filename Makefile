@@ -11,8 +11,8 @@ demo: .venv/installed ## the whole story, from nothing: install, train a small m
 	$(BIN)/truetune demo
 
 test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
-	$(BIN)/python -m pytest -n 2 -m "slow and not real and not faults"
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -n 2 -m "slow and not real and not faults and not llama"
+	$(BIN)/python -m pytest -m "real and not llama"
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
@@ -32,7 +32,7 @@ lint: .venv/installed-dev
 	$(BIN)/python tools/generate_docs.py --check
 
 fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not real" --doctest-modules src tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not real and not llama" --doctest-modules src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py
