@@ -16,6 +16,7 @@ test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny mode
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
+	$(BIN)/python -m pytest -n 2 -m faults tests/test_merge.py tests/export/test_proven.py
 
 test-llama: .venv/installed-dev ## exports in llama.cpp itself, built from source (three minutes, once)
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || \

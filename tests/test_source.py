@@ -71,7 +71,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("command", ["chat", "merge", "export"])
+@pytest.mark.parametrize("command", ["chat", "merge", "export", "serve", "compare"])
 @pytest.mark.parametrize("fault", ["base", "shape", "template"])
 def test_another_base_or_template_is_caught_by_every_use(
     fault: str, command: str, copy: Path, capsys: pytest.CaptureFixture[str]
@@ -82,6 +82,8 @@ def test_another_base_or_template_is_caught_by_every_use(
         "chat": ["chat", str(copy), "-m", "Hi", "--max-new-tokens", "2"],
         "merge": ["merge", str(copy), "--output-dir", str(out)],
         "export": ["export", str(copy), "--to", "gguf", "--output", str(out)],
+        "serve": ["serve", str(copy), "--port", "0"],
+        "compare": ["compare", str(copy), "-m", "Hi"],
     }[command]
     base = copy.parent / "base"
     if fault == "template":
