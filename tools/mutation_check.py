@@ -294,8 +294,8 @@ MUTANTS = (
     ),
     Mutant(
         "rows read as markup in the report",
-        "report.py",
-        'autoescape=name.endswith("html")',
+        "templates.py",
+        'autoescape=name.endswith(".html")',
         "autoescape=False",
         "tests/test_report_card.py",
     ),
@@ -595,7 +595,16 @@ def survives(mutant: Mutant, repository: Path) -> bool:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRUETUNE_SHARED": os.environ.get("TRUETUNE_SHARED", str(ROOT.parent / "shared")),
     }
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow and not real and not llama", *mutant.tests.split()]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-m",
+        "not slow and not real and not llama",
+        *mutant.tests.split(),
+    ]
     try:
         done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     finally:

@@ -68,6 +68,20 @@ def config_options(lang: str, names: Sequence[str] | None = None) -> list[click.
     return [*options, click.Option(["--config", "config_file"], metavar="FILE", help=text("help.config", lang))]
 
 
+def answer_options(lang: str, *, max_new_tokens: int = 512) -> list[click.Parameter]:
+    """Return the options of commands that let a model answer."""
+    return [
+        click.Option(["--no-run-system"], is_flag=True, help=text("help.no_run_system", lang)),
+        click.Option(
+            ["--max-new-tokens"],
+            type=click.IntRange(min=1),
+            default=max_new_tokens,
+            show_default=True,
+            help=text("help.max_new_tokens", lang),
+        ),
+    ]
+
+
 def given(values: dict[str, Any], data: Sequence[str]) -> dict[str, Any]:
     """Return the configuration flags that were given, with `data` if any was."""
     flags = {key: value for key, value in values.items() if key in Config.model_fields and value is not None}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
 
 from truetune.config import Config
 from truetune.disk import write_atomic
 from truetune.messages import text
 from truetune.preflight import Preflight, report_lines
+from truetune.templates import render
 
 NUM_ROWS, MAX_REFUSED, NUM_BARS = 20, 200, 60
 MAX_SHOWN_CHARS = 4000
@@ -21,9 +20,6 @@ MAX_SHOWN_CHARS = 4000
 
 def write_page(path: Path, flight: Preflight, *, config: Config, lang: str) -> None:
     """Write the page of a preflight, in `lang`."""
-    # Autoescape: rows may hold any text, script tags included.
-    environment = Environment(autoescape=True, trim_blocks=True)
-    template = environment.from_string(files("truetune").joinpath("static/check.html").read_text(encoding="utf-8"))
     report = flight.prepared.report
     lengths = np.concatenate([side.lengths(0, 1) for side in (flight.prepared.train, flight.prepared.held_out)])
     most = max(int(lengths.max(initial=1)), 2)
@@ -36,8 +32,9 @@ def write_page(path: Path, flight: Preflight, *, config: Config, lang: str) -> N
         "rows": text("page.rows", lang),
         "legend": text("page.legend", lang),
     }
-    html = template.render(
-        lang="zh-CN" if lang == "zh" else lang,
+    html = render(
+        "check.html",
+        lang,
         title=text("page.title", lang),
         data=config.data,
         model=flight.base.title,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment
 
 from truetune.console import Console
 from truetune.disk import to_json, write_atomic
 from truetune.messages import text
+from truetune.templates import render
 
 CARD, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
 
@@ -106,15 +104,12 @@ def metric(name: str, side: Values | None) -> str:
 
 
 def _render(name: str, card: Values, lang: str) -> str:
-    # Autoescape in the page: rows and answers may hold any text, script tags included.
-    environment = Environment(autoescape=name.endswith("html"), trim_blocks=True, lstrip_blocks=True)
-    environment.filters["indented"] = lambda shown: "\n".join(f"    {line}" for line in str(shown).splitlines())
-    template = environment.from_string(files("truetune").joinpath(f"static/{name}").read_text(encoding="utf-8"))
     words = ("base", "tuned", "expected", "question", "answers", "learned_title", "metrics_title", "curve_title")
     rows = "card.rows_held_out" if card["is_held_out"] else "card.rows_trained"
-    return template.render(
+    return render(
+        name,
+        lang,
         card=card,
-        lang="zh-CN" if lang == "zh" else lang,
         title=text("card.title", lang, name=card["name"]),
         sentences=sentences(card, lang),
         learned=learned_lines(card, lang),

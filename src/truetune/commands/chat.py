@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from truetune.cli import answer_options
 from truetune.disk import to_json
 from truetune.messages import text
 
@@ -48,14 +49,7 @@ def command(lang: str) -> click.Command:
             click.Argument(["path"], required=False),
             click.Option(["-m", "--message", "message"], metavar="TEXT", help=text("help.message", lang)),
             click.Option(["--base", "is_base"], is_flag=True, help=text("help.base", lang)),
-            click.Option(["--no-run-system"], is_flag=True, help=text("help.no_run_system", lang)),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(min=1),
-                default=512,
-                show_default=True,
-                help=text("help.max_new_tokens", lang),
-            ),
+            *answer_options(lang),
             click.Option(
                 ["--temperature"], type=click.FloatRange(0, 2), default=0.0, help=text("help.temperature", lang)
             ),

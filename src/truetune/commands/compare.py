@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from truetune.cli import answer_options
 from truetune.errors import UserError
 from truetune.messages import text
 from truetune.rundir import RunDir
@@ -50,14 +51,7 @@ def command(lang: str) -> click.Command:
                 metavar="TEXT",
                 help=text("help.compare_message", lang),
             ),
-            click.Option(["--no-run-system"], is_flag=True, help=text("help.no_run_system", lang)),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(min=1),
-                default=256,
-                show_default=True,
-                help=text("help.max_new_tokens", lang),
-            ),
+            *answer_options(lang, max_new_tokens=256),
         ],
     )
 

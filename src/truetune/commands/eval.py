@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from truetune.cli import config_options, given
+from truetune.cli import answer_options, config_options, given
 from truetune.config import Config, resolve
 from truetune.disk import file_to_write, to_json, write_atomic
 from truetune.messages import text
@@ -70,14 +70,7 @@ def command(lang: str) -> click.Command:
             click.Argument(["data"], nargs=-1, required=True),
             click.Option(["--answers", "answers_file"], metavar="FILE", help=text("help.answers", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
-            click.Option(["--no-run-system"], is_flag=True, help=text("help.no_run_system", lang)),
-            click.Option(
-                ["--max-new-tokens"],
-                type=click.IntRange(min=1),
-                default=512,
-                show_default=True,
-                help=text("help.max_new_tokens", lang),
-            ),
+            *answer_options(lang),
             *config_options(lang, KEYS),
         ],
     )
