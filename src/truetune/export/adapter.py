@@ -75,10 +75,7 @@ def write(path: Path, folder: Path, *, config: Any) -> None:
         # Rows of B are rows of the layer; A's are those of the rank.
         turned = gguf.turned(weight, layer, config=config) if side == ".lora_B.weight" else weight
         writer.add_tensor(name_of(layer) + SIDES[side], turned.astype("float32"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    gguf.write_file(writer)
 
 
 def _refuse_kinds(settings: dict[str, Any], weights: dict[str, Any], *, where: str, is_tied: bool) -> None:

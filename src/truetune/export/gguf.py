@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,15 @@ def write(path: Path, model: Any, *, kind: str, words: Vocabulary, ending: Endin
     for name, weight in tensors(model):
         data, type_of = _stored(weight, kind, name)
         writer.add_tensor(name, data, raw_dtype=type_of)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer)
+
+
+def write_file(writer: Any) -> None:
+    """Write all that was added, and close the file however that ends."""
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _add_shape(writer: Any, config: Any) -> None:
