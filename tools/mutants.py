@@ -342,8 +342,8 @@ MUTANTS = (
     Mutant(
         "a save ends before its name is on the disk",
         "disk.py",
-        "    sync_folder(target.parent)\n",
-        "",
+        "        staging.rename(target)\n    sync_folder(target.parent)\n",
+        "        staging.rename(target)\n",
         "tests/faults/test_power_loss.py",
     ),
     Mutant(
