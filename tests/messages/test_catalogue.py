@@ -26,12 +26,7 @@ FAULTS = {name for name, kind in vars(errors).items() if isinstance(kind, type) 
 DYNAMIC = ("api", "field", "command", "dtype", "diagnosis", "column", "finding", "card")
 # Looks like a key, and is none.
 NO_KEYS = {
-    "train.arrow",
-    "eval.arrow",
-    "report.json",
-    "report.md",
-    "report.html",
-    "chat.jsonl",
+    *("train.arrow", "eval.arrow", "check.html", "report.json", "report.md", "report.html", "chat.jsonl"),
     "chat.completion",
     "chat.completion.chunk",
 }
