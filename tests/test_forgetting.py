@@ -20,14 +20,14 @@ def test_loss_of_the_bases_own_answers(lang: str, tiny_qwen: Path) -> None:
     renderer = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen), system="Be a pirate.")
     base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
     plain = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen))
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS[lang]]
+    prompts = [plain.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS[lang]]
     own = replies(base, plain, prompts=prompts, sampling=Sampling(32))
 
     def loss() -> float:
         """The same by transformers, one answer at a time, with what the base said before LoRA was added."""
         losses = []
         for prompt, reply in zip(prompts, own, strict=True):
-            ids = torch.tensor([[*plain.prompt_ids(prompt), *reply.token_ids]])
+            ids = torch.tensor([[*prompt, *reply.token_ids]])
             with torch.no_grad():
                 logits_AV = model.eval()(input_ids=ids).logits[0, -len(reply.token_ids) - 1 : -1]
             losses.append(F.cross_entropy(logits_AV, ids[0, -len(reply.token_ids) :], reduction="none"))

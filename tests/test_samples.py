@@ -19,6 +19,7 @@ from truetune.samples import (
     MAX_NEW_TOKENS,
     MAX_SHARE,
     MIN_NEW_TOKENS,
+    Prompt,
     SamplePlan,
     Sampler,
     choose_prompts,
@@ -43,14 +44,21 @@ def test_a_long_run_samples_at_every_evaluation() -> None:
     assert plan.max_new_tokens == MAX_NEW_TOKENS
 
 
-def test_prompts_are_the_users_or_of_the_first_rows_that_differ() -> None:
-    def row(text: str) -> Row:
-        return Row(0, "a", (Pair((1,), (2,)),), prompt=({"role": "user", "content": text},) if text else ())
+def test_prompts_are_the_users_or_of_the_first_rows_that_differ(tiny_qwen: Path) -> None:
+    """Of a row, the ids that were trained: its tools, and what was cut, stand in no message."""
+    renderer = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen), system="Be brief.")
 
-    rows = [row(text) for text in ("a", "", "a", "b", "c", "d", "e")]
-    assert [prompt[-1]["content"] for prompt in choose_prompts(rows, None)] == ["a", "b", "c", "d"]
-    assert choose_prompts(rows, ["x?"]) == [[{"role": "user", "content": "x?"}]]
-    assert choose_prompts(rows, []) == []
+    def row(number: int, text: str) -> Row:
+        pair = Pair((1, 2, ord(text or "?")), (2,))
+        return Row(number, "a", (Pair((9,), (2,)), pair), prompt=({"role": "user", "content": text},) if text else ())
+
+    rows = [row(*some) for some in enumerate(("a", "", "a", "b", "c", "d", "e"))]
+    chosen = choose_prompts(rows, None, renderer=renderer)
+    assert [(prompt.text, prompt.ids) for prompt in chosen] == [(text, (1, 2, ord(text))) for text in "abcd"]
+    (own,) = choose_prompts(rows, ["x?"], renderer=renderer)
+    assert own == Prompt("x?", tuple(renderer.prompt_ids([{"role": "user", "content": "x?"}])))
+    assert "Be brief." in renderer.tokenizer.decode(own.ids)
+    assert choose_prompts(rows, [], renderer=renderer) == []
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def sampler(tiny_qwen: Path) -> Sampler:
     renderer = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen))
     base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
     model = add_lora(base, r=4, alpha=8, dropout=0.5, targets=["all-linear"], seed=0).train()
-    prompts = [[{"role": "user", "content": text}] for text in ("Hello", "你好")]
+    prompts = choose_prompts([], ["Hello", "你好"], renderer=renderer)
     return Sampler(model, renderer, prompts, SamplePlan((0, 2), 6), "eval")
 
 

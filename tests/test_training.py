@@ -299,7 +299,7 @@ def test_eight_examples_by_heart(tmp_path: Path) -> None:
     words = ["train", str(tmp_path / "data.json"), "--model", str(base), "--output-dir", str(tmp_path / "out"), *keys]
     assert run(words) == 0
     model = load(tmp_path / "out")
-    prompts = [[{"role": "user", "content": row["instruction"]}] for row in rows]
+    prompts = [model.renderer.prompt_ids([{"role": "user", "content": row["instruction"]}]) for row in rows]
     found = replies(model.model, model.renderer, prompts=prompts, sampling=Sampling(64))
     assert [(reply.text, reply.is_ended) for reply in found] == [(row["output"], True) for row in rows]
     assert all(len(reply.token_ids) < 64 for reply in found)

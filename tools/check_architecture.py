@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"records", "engine.*"},
     "samples": {"records", "engine.step", "data.template", "generate"},
     "forgetting": {"records", "engine.*", "data.template", "generate"},
-    "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting"},
+    "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting", "samples"},
     "diagnosis": {"card"},
     "templates": set(),
     "report": {"console", "disk", "messages", "templates"},

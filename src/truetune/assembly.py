@@ -240,7 +240,8 @@ def _sampler(config: Config, flight: Preflight, model: Any, held_out: Sequence[R
     num_tokens = report.steps * config.rows_per_step * report.trie_tokens // max(report.rows_used, 1)
     plan = plan_samples(report.steps, eval_steps=every, num_trained_tokens=num_tokens)
     rows = held_out or prepared.train[: 4 * NUM_PROMPTS]
-    return Sampler(model, flight.renderer, choose_prompts(rows, texts), plan, "eval" if held_out else "step")
+    prompts = choose_prompts(rows, texts, renderer=flight.renderer)
+    return Sampler(model, flight.renderer, prompts, plan, "eval" if held_out else "step")
 
 
 def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_out: tuple[int, int]) -> None:

@@ -19,6 +19,7 @@ from truetune.evaluate import STEP_COST, Metrics, measure, rate, row_losses
 from truetune.forgetting import Forgetting, check_forgetting, language_of
 from truetune.generate import Reply, Sampling, base_only, replies
 from truetune.records import Row, pairs_of
+from truetune.samples import prompt_of
 
 MAX_SHARE = 0.01
 """The card takes about this share of a run's time, but for the shortest ones."""
@@ -167,18 +168,18 @@ def _answers(
 ) -> tuple[list[Answer], Talk]:
     """Let base and tuned model answer the prompts of some rows."""
     chosen = _choose(rows, gains=[before - after for before, after in zip(*losses, strict=True)], seed=seed)
-    prompts = [list(rows[number].prompt) for number, _ in chosen]
+    prompts = [prompt_of(rows[number]) for number, _ in chosen]
     longest = max((len(rows[number].pairs[-1].answer_ids) for number, _ in chosen), default=0)
     sampling = Sampling(min(max(longest + ROOM_TOKENS, MIN_NEW_TOKENS), MAX_NEW_TOKENS))
     sides: list[list[Reply]] = []
     for is_base in (True, False):
         with evaluating(engine.model), base_only(engine.model, is_on=is_base):
-            sides.append(replies(engine.model, renderer, prompts=prompts, sampling=sampling))
+            sides.append(replies(engine.model, renderer, prompts=[p.ids for p in prompts], sampling=sampling))
     answers = [
         Answer(
             kind,
             rows[number].where,
-            str(rows[number].prompt[-1]["content"]),
+            prompt.text,
             rows[number].answer,
             base.text,
             tuned.text,
@@ -186,7 +187,7 @@ def _answers(
             losses[1][number],
             tuned.is_ended,
         )
-        for (number, kind), base, tuned in zip(chosen, *sides, strict=True)
+        for (number, kind), prompt, base, tuned in zip(chosen, prompts, *sides, strict=True)
     ]
     return answers, _talk(*sides)
 

@@ -56,12 +56,10 @@ class Forgetting:
 def check_forgetting(engine: Engine, renderer: Renderer, *, lang: str) -> Forgetting:
     """Return what the engine's adapter made the base forget. Asked without the run's system prompt."""
     plain, model = replace(renderer, system=None), engine.model
-    prompts = [[{"role": "user", "content": question}] for question in QUESTIONS[lang]]
+    prompts = [plain.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS[lang]]
     with evaluating(model), base_only(model):
         own = replies(model, plain, prompts=prompts, sampling=Sampling(MAX_NEW_TOKENS))
-        pairs = [
-            Pair(tuple(plain.prompt_ids(prompt)), reply.token_ids) for prompt, reply in zip(prompts, own, strict=True)
-        ]
+        pairs = [Pair(tuple(prompt), reply.token_ids) for prompt, reply in zip(prompts, own, strict=True)]
         before = mean_loss(score(engine, pairs))
     after = mean_loss(score(engine, pairs))
     return Forgetting(before, after, len(pairs), sum(len(pair.answer_ids) for pair in pairs))

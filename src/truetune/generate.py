@@ -59,18 +59,19 @@ class Reply:
 def answers(
     model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 8
 ) -> list[str]:
-    """Return the answer to each of `prompts` (lists of messages), computed in batches padded on the left."""
-    some = replies(model, renderer, prompts=prompts, sampling=sampling, batch_size=batch_size)
+    """Return the answer to each of `prompts` (lists of messages)."""
+    rows = [renderer.prompt_ids(messages) for messages in prompts]
+    some = replies(model, renderer, prompts=rows, sampling=sampling, batch_size=batch_size)
     return [reply.text for reply in some]
 
 
 def replies(
-    model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 8
+    model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int = 8
 ) -> list[Reply]:
-    """Return what `answers` returns, each with its tokens and how it ended."""
+    """Return the reply to each of `prompts` (their ids), computed in batches padded on the left."""
     found: list[Reply] = []
     for start in range(0, len(prompts), batch_size):
-        rows = [renderer.prompt_ids(messages) for messages in prompts[start : start + batch_size]]
+        rows = prompts[start : start + batch_size]
         width = max(map(len, rows))
         ids_BT = torch.full((len(rows), width), pad_id(renderer.tokenizer))
         for number, row in enumerate(rows):

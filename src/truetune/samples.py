@@ -10,7 +10,7 @@ from typing import Any
 from truetune.data.template import Renderer
 from truetune.engine.step import evaluating
 from truetune.generate import Reply, Sampling, base_only, replies
-from truetune.records import Message, Row
+from truetune.records import Row
 
 Event = dict[str, Any]
 
@@ -47,18 +47,25 @@ def plan_samples(num_steps: int, *, eval_steps: int, num_trained_tokens: int) ->
     return SamplePlan(steps, min(max(affordable // len(steps), MIN_NEW_TOKENS), MAX_NEW_TOKENS))
 
 
-def choose_prompts(rows: Sequence[Row], texts: Sequence[str] | None) -> list[list[Message]]:
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: the text to show, and the exact ids; of a row those that were trained, tools and all."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def choose_prompts(rows: Sequence[Row], texts: Sequence[str] | None, *, renderer: Renderer) -> list[Prompt]:
     """Return the prompts: what the user gave, else those of the first rows that differ."""
     if texts is not None:
-        return [[{"role": "user", "content": text}] for text in texts]
-    chosen: list[list[Message]] = []
-    for row in rows:
-        prompt = list(row.prompt)
-        if prompt and prompt not in chosen:
-            chosen.append(prompt)
-        if len(chosen) == NUM_PROMPTS:
-            break
-    return chosen
+        return [Prompt(text, tuple(renderer.prompt_ids([{"role": "user", "content": text}]))) for text in texts]
+    chosen = [prompt_of(row) for row in rows if row.prompt]
+    return list(dict.fromkeys(chosen))[:NUM_PROMPTS]
+
+
+def prompt_of(row: Row) -> Prompt:
+    """Return what a row asks last."""
+    return Prompt(str(row.prompt[-1]["content"]), row.pairs[-1].prompt_ids)
 
 
 @dataclass
@@ -67,7 +74,7 @@ class Sampler:
 
     model: Any
     renderer: Renderer
-    prompts: Sequence[Sequence[Message]]
+    prompts: Sequence[Prompt]
     plan: SamplePlan
     waits_for: str
     _base: list[Reply] = field(default_factory=list)
@@ -96,7 +103,7 @@ class Sampler:
                 "kind": "sample",
                 "step": step,
                 "number": number,
-                "prompt": str(prompt[-1]["content"]),
+                "prompt": prompt.text,
                 "base": self._base[number].text,
                 "answer": current[number].text,
                 "is_ended": current[number].is_ended,
@@ -106,4 +113,6 @@ class Sampler:
     def _answers(self, *, is_base: bool) -> list[Reply]:
         sampling = Sampling(self.plan.max_new_tokens)
         with evaluating(self.model), base_only(self.model, is_on=is_base):
-            return replies(self.model, self.renderer, prompts=self.prompts, sampling=sampling)
+            return replies(
+                self.model, self.renderer, prompts=[prompt.ids for prompt in self.prompts], sampling=sampling
+            )

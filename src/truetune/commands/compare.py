@@ -13,7 +13,7 @@ from truetune.messages import text
 from truetune.rundir import RunDir
 
 if TYPE_CHECKING:
-    from truetune.records import Message
+    from truetune.records import Row
 
 
 def command(lang: str) -> click.Command:
@@ -21,23 +21,33 @@ def command(lang: str) -> click.Command:
 
     def run(path: str | None, questions: tuple[str, ...], no_run_system: bool, max_new_tokens: int) -> None:
         from truetune.console import Console
+        from truetune.generate import Sampling, base_only, replies
+        from truetune.samples import choose_prompts
         from truetune.use import load, newest_run
 
         console = Console(lang)
         chosen = Path(path).expanduser() if path else newest_run()
-        prompts: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
-        prompts = prompts or _prompts_of(RunDir(chosen))
-        if not prompts:
+        rows = [] if questions else _rows_of(RunDir(chosen))
+        if not questions and not rows:
             raise UserError("compare_nothing", where=str(chosen), fix="compare_nothing")
         with console.status("status.load_use", name=chosen):
             model = load(chosen, use_run_system=not no_run_system)
         if not model.has_adapter:
             raise UserError("compare_no_adapter", where=str(chosen), fix="compare_no_adapter")
+        if no_run_system:
+            # As a question: what was trained has the run's system prompt in it.
+            questions = questions or tuple(
+                prompt.text for prompt in choose_prompts(rows, None, renderer=model.renderer)
+            )
+        prompts = choose_prompts(rows, questions or None, renderer=model.renderer)
+        sides = []
         with console.status("status.answering", count=len(prompts)):
-            base = model.answers(prompts, is_base=True, max_new_tokens=max_new_tokens)
-            tuned = model.answers(prompts, max_new_tokens=max_new_tokens)
-        for prompt, before, after in zip(prompts, base, tuned, strict=True):
-            console.side_by_side(str(prompt[-1]["content"]), {"card.base": before, "card.tuned": after})
+            for is_base in (True, False):
+                with base_only(model.model, is_on=is_base):
+                    ids = [prompt.ids for prompt in prompts]
+                    sides.append(replies(model.model, model.renderer, prompts=ids, sampling=Sampling(max_new_tokens)))
+        for prompt, base, tuned in zip(prompts, *sides, strict=True):
+            console.side_by_side(prompt.text, {"card.base": base.text, "card.tuned": tuned.text})
 
     return click.Command(
         "compare",
@@ -56,14 +66,14 @@ def command(lang: str) -> click.Command:
     )
 
 
-def _prompts_of(run: RunDir) -> list[list[Message]]:
-    """Return prompts of the run's own rows: held-out ones, else trained ones."""
+def _rows_of(run: RunDir) -> list[Row]:
+    """Return the first rows of the run that can be asked: held-out ones, else trained ones."""
     from truetune.data.store import StoredRows
-    from truetune.samples import NUM_PROMPTS, choose_prompts
+    from truetune.samples import NUM_PROMPTS
 
     for name in ("eval.arrow", "train.arrow"):
         path = run.data / name
-        rows = StoredRows(path) if path.is_file() else []
-        if prompts := choose_prompts(list(rows[: 4 * NUM_PROMPTS]), None):
-            return prompts
+        rows = [row for row in StoredRows(path)[: 4 * NUM_PROMPTS] if row.prompt] if path.is_file() else []
+        if rows:
+            return rows
     return []

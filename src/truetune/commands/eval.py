@@ -136,10 +136,15 @@ def _show(sides: dict[str, Metrics], name: str, console: Console) -> None:
 
 def _answered(model: Model, rows: Sequence[Row], *, max_new_tokens: int) -> Iterator[dict[str, Any]]:
     """Yield each row that has a prompt with the model's answer, and its base's."""
+    from truetune.generate import Sampling, base_only, replies
+
     asked = [row for row in rows if row.prompt]
-    prompts = [list(row.prompt) for row in asked]
-    base = model.answers(prompts, is_base=True, max_new_tokens=max_new_tokens) if model.has_adapter else None
-    own = model.answers(prompts, max_new_tokens=max_new_tokens)
+    answers: dict[str, list[str]] = {}
+    for side in ("base", "answer") if model.has_adapter else ("answer",):
+        with base_only(model.model, is_on=side == "base"):
+            ids = [row.pairs[-1].prompt_ids for row in asked]
+            some = replies(model.model, model.renderer, prompts=ids, sampling=Sampling(max_new_tokens))
+        answers[side] = [reply.text for reply in some]
     for number, row in enumerate(asked):
-        line = {"where": row.where, "messages": prompts[number], "expected": row.answer, "answer": own[number]}
-        yield line if base is None else line | {"base": base[number]}
+        line = {"where": row.where, "messages": list(row.prompt), "expected": row.answer}
+        yield line | {side: texts[number] for side, texts in answers.items()}
