@@ -19,8 +19,8 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report")},
+    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
