@@ -15,10 +15,20 @@ export async function loadTexts(wanted) {
 }
 
 // t("of", {total: 3}): the text of "studio.of", its braces filled. A key that is not there is shown.
-export function t(key, values = {}) {
-  const found = texts[`studio.${key}`];
-  if (found === undefined) return key;
-  return found.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+export const t = (key, values) => anyText(`studio.${key}`, values);
+
+// Any text of the catalogue; of Python's formats, those that it uses: {share:.0%}, {rate:g}, {loss:.3f}, {count:,}.
+export function anyText(key, values = {}) {
+  const found = texts[key];
+  if (found === undefined) return key.replace(/^studio\./, "");
+  return found.replace(/\{(\w+)(?::([^}]*))?\}/g, (all, name, format) => (name in values ? formatted(values[name], format) : all));
+}
+
+function formatted(value, format) {
+  if (!format || typeof value !== "number") return String(value);
+  const digits = Number(/\.(\d)/.exec(format)?.[1] ?? 0);
+  if (format.endsWith("%")) return `${(100 * value).toFixed(digits)}%`;
+  return format.endsWith("f") ? value.toFixed(digits) : number(value);
 }
 
 export const whole = (value) => (value == null ? "–" : Math.round(value).toLocaleString(language));

@@ -1,5 +1,6 @@
 // Data: choose files and a model, check them, and see each row as it will be trained. #/data/JOB keeps the last check.
 import { html, useEffect, useState } from "../html.js";
+import { get } from "../api.js";
 import { number, t, whole } from "../text.js";
 import { Choice, Fault, Pager, Tiles, useAsked } from "../parts/basics.js";
 import { FileChoice } from "../parts/files.js";
@@ -76,13 +77,19 @@ function Checked({ result, store, limit }) {
     ${[...(result.diagnosis ?? []), ...(result.notes ?? [])].length > 0 && html`<ul class="remarks">
       ${[...(result.diagnosis ?? []), ...(result.notes ?? [])].map((remark) => html`<li key=${remark}>${remark}</li>`)}</ul>`}
     ${store && html`<${Lengths} store=${store} limit=${limit} />
-      <${StoredRows} store=${store} numTrained=${result.rows_used - result.rows_held_out} numHeldOut=${result.rows_held_out} numRefused=${numRefused} />`}
+      <${StoredRows} store=${store} />`}
   </section>`;
 }
 
+const SIDES = ["train", "eval", "refused"];
+const total = (store, side) => get(side === "refused" ? "refused" : "rows", { store, side, count: 0 }).then((told) => told.total, () => 0);
+
 // The rows of a store (of a check or of a run), page by page.
-export function StoredRows({ store, numTrained, numHeldOut, numRefused }) {
-  const [side, setSide] = useState(numTrained || !numRefused ? "train" : "refused");
+export function StoredRows({ store }) {
+  const [totals, setTotals] = useState(null);
+  const [chosen, setSide] = useState(null);
+  useEffect(() => { Promise.all(SIDES.map((side) => total(store, side))).then(setTotals); }, [store]);
+  const side = chosen ?? SIDES[Math.max(0, (totals ?? []).findIndex((count) => count > 0))];
   const [start, setStart] = useState(0);
   const [typed, setTyped] = useState("");
   const [search, setSearch] = useState("");
@@ -92,8 +99,9 @@ export function StoredRows({ store, numTrained, numHeldOut, numRefused }) {
   }, [typed]);
   const isRefused = side === "refused";
   const query = { store, start, count: PER_PAGE, ...(isRefused ? {} : { side, search }) };
-  const { value, error, isWaiting } = useAsked(isRefused ? "refused" : "rows", query, [store, side, start, search]);
-  const options = [["train", t("side_train", { count: whole(numTrained) })], ["eval", t("side_eval", { count: whole(numHeldOut) })], ["refused", t("side_refused", { count: whole(numRefused) })]];
+  const { value, error, isWaiting } = useAsked(totals && (isRefused ? "refused" : "rows"), query, [store, side, start, search]);
+  const options = [t("side_train", { count: whole(totals?.[0]) }), t("side_eval", { count: whole(totals?.[1]) }), t("side_refused", { count: whole(totals?.[2]) })]
+    .map((label, at) => [SIDES[at], label]);
   const choose = (wanted) => { setSide(wanted); setStart(0); };
   const pager = html`<${Pager} start=${start} count=${PER_PAGE} total=${value?.total ?? 0} onStart=${setStart} />`;
   return html`<h2>${t("rows")}</h2>

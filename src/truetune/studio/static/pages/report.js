@@ -18,11 +18,11 @@ export function UsePart({ run }) {
   const from = run.path ?? `runs/${run.name}`;
   if (run.adapter_step == null) return html`<p class="soft">${t("no_adapter")}</p>`;
   return html`<div class="two">
-    <${Making} title=${t("merge_title")} lead=${t("merge_lead")} command="merge" output=${`${from}/merged`}
+    <${Making} title=${t("merge_title")} lead=${t("merge_lead")} command="merge" output=${`${from}-merged`}
       wordsOf=${({ output }) => [from, "--output-dir", output]} />
-    <${Making} title=${t("gguf_title")} lead=${t("gguf_lead")} command="export" output=${`${from}/model.gguf`} kinds=${QUANTIZE}
+    <${Making} title=${t("gguf_title")} lead=${t("gguf_lead")} command="export" output=${`${from}.gguf`} kinds=${QUANTIZE}
       wordsOf=${({ output, kind }) => [from, "--to", "gguf", "--quantize", kind, "--output", output]} />
-    <${Making} title=${t("ollama_title")} lead=${t("ollama_lead")} command="export" output=${`${from}/ollama`} kinds=${QUANTIZE}
+    <${Making} title=${t("ollama_title")} lead=${t("ollama_lead")} command="export" output=${`${from}-ollama`} kinds=${QUANTIZE}
       wordsOf=${({ output, kind }) => [from, "--to", "ollama", "--quantize", kind, "--output", output]} />
     <${Making} title=${t("verify_title")} lead=${t("verify_lead")} command="verify" wordsOf=${() => [from]} />
   </div>`;

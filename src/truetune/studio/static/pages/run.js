@@ -1,7 +1,7 @@
 // Runs, and one of them while it goes on or afterwards: curves, the rows behind a step, samples, report, what to do with it.
 import { html, useEffect, useState } from "../html.js";
 import { get, post } from "../api.js";
-import { baseName, bytes, duration, number, t, whole } from "../text.js";
+import { anyText, baseName, bytes, duration, number, t, whole } from "../text.js";
 import { Badge, Choice, Fault, Tiles, useAsked, usePolling } from "../parts/basics.js";
 import { Curves } from "../parts/curves.js";
 import { Job, startJob, useJob } from "../parts/job.js";
@@ -35,12 +35,12 @@ export function RunPage({ rest }) {
   const { value: run, error, reload } = useAsked(path(name), {}, [name]);
   const [range, setRange] = useState(null);
   const [step, setStep] = useState(null);
-  const [sampleCount, setSampleCount] = useState(0);
+  const [lastSample, setLastSample] = useState("");
   const isRunning = run?.state === "running";
   const { series, error: lost, reload: redraw } = useSeries(name, {
     range, isLive: Boolean(run) && isRunning, onTold: (event) => {
-      if (event.kind === "sample") setSampleCount((old) => old + 1);
-      if (event.kind === "state") reload();
+      if (event.kind === "sample") setLastSample(`${event.step}/${event.number}`);
+      if (event.kind === "state" && event.state !== run?.state) reload();
     },
   });
   const [jobId, setJobId] = useState(null);
@@ -66,38 +66,39 @@ export function RunPage({ rest }) {
     <${Progress} run=${run} series=${series} />
     <${Choice} label=${t("parts")} options=${parts} value=${part} onChange=${(wanted) => { location.hash = `#/run/${encodeURIComponent(name)}/${wanted}`; }} />
     <${Fault} error=${lost} />
-    ${part === "curves" && series && html`<${Curves} name=${name} series=${series} range=${range} onZoom=${setRange} step=${step} onPick=${setStep} />
-      ${step != null && html`<${StepRows} name=${name} step=${step} last=${series.step.at(-1)} onStep=${setStep} />`}
+    ${part === "curves" && series && html`<${Curves} name=${name} series=${series} range=${range} onZoom=${setRange} step=${step} onPick=${setStep}>
+        ${step != null && html`<${StepRows} name=${name} step=${step} last=${series.step.at(-1)} onStep=${setStep} />`}<//>
       <${Checkpoints} run=${run} />`}
-    ${part === "samples" && html`<${Samples} name=${name} count=${sampleCount} />`}
-    ${part === "rows" && html`<${StoredRows} store=${run.store ?? `${run.path}/data`} numTrained=${run.rows_train} numHeldOut=${run.rows_eval} numRefused=${run.rows_refused} />`}
-    ${part === "log" && html`${jobId ? html`<${Job} id=${jobId} job=${job} isOpen />` : html`<p class="soft">${t("no_log")}</p>`}`}
+    ${part === "samples" && html`<${Samples} name=${name} latest=${lastSample} />`}
+    ${part === "rows" && html`<${StoredRows} store=${run.store} />`}
+    ${part === "log" && html`<${Events} events=${run.events ?? []} />${jobId ? html`<${Job} id=${jobId} job=${job} isOpen />` : html`<p class="soft">${t("no_log")}</p>`}`}
     ${part === "report" && html`<${ReportPart} run=${run} />`}
     ${part === "use" && html`<${UsePart} run=${run} />`}`;
 }
 
-// The train command of the studio that writes, or wrote last, into this run.
+// The train command of the studio that writes, or wrote last, into this run; jobs come newest first.
 async function findJob(run) {
   const jobs = await get("jobs");
-  const own = jobs.filter((job) => job.command === "train" && (job.run === run.name || (job.shown ?? "").includes(run.path)));
-  return own.find((job) => job.state === "running") ?? own.at(-1) ?? null;
+  const own = jobs.filter((job) => job.command === "train" && (job.run === run.name || job.run === run.path || job.shown?.includes(run.path)));
+  return own.find((job) => job.state === "running") ?? own[0] ?? null;
 }
 
 function Progress({ run, series }) {
   if (!series) return null;
   const last = Math.max(series.step.at(-1) ?? 0, run.steps ?? 0);
   const total = run.total_steps;
-  const recent = (series.seconds ?? []).slice(-RECENT).filter((value) => value != null).sort((a, b) => a - b);
-  const perStep = recent[Math.floor(recent.length / 2)];
-  const at = (key) => series[key]?.at(-1);
-  const rate = (key) => { const sum = (name) => series[name]?.slice(-RECENT).reduce((all, value) => all + (value ?? 0), 0); return sum(key) / sum("seconds"); };
+  const middle = (key) => {
+    const recent = series.rest[key].slice(-RECENT).filter((value) => value != null).sort((a, b) => a - b);
+    return recent[Math.floor(recent.length / 2)];
+  };
+  const perStep = middle("seconds");
   const tiles = [
     [t("step"), `${whole(last)} / ${whole(total)}`],
-    [t("loss"), number(at("loss"))],
+    [t("loss"), number(series.loss.at(-1))],
     [t("held_out_loss"), number(series.eval.at(-1)?.[1])],
-    [t("rows_s"), number(rate("rows"), 3)],
-    [t("tokens_s"), number(rate("trie_tokens"), 3)],
-    [t("memory"), bytes(at("memory_bytes"))],
+    [t("rows_s"), number(middle("rows_per_s"), 3)],
+    [t("tokens_s"), number(middle("tokens_per_s"), 3)],
+    [t("memory"), bytes(series.rest.memory_bytes.at(-1))],
     run.state === "running" ? [t("remaining"), duration((total - last) * perStep)] : [t("per_step"), duration(perStep)],
   ];
   return html`<progress max=${total} value=${last} aria-label=${t("progress")}></progress><${Tiles} tiles=${tiles} />`;
@@ -115,6 +116,15 @@ function StepRows({ name, step, last, onStep }) {
     ${value && html`<div class=${isWaiting ? "waiting" : ""}><${Tiles} tiles=${[[t("loss"), number(event.loss)], [t("grad_norm"), number(event.grad_norm)], [t("learning_rate"), number(event.learning_rate)],
       [t("rows"), whole(event.rows)], [t("learned_tokens"), whole(event.learned_tokens)], [t("time"), duration(event.seconds)]]} />
       <${Rows} rows=${value.rows} /></div>`}</section>`;
+}
+
+// What happened besides steps: how it began and ended, and what it noticed about itself.
+function Events({ events }) {
+  const told = events.map((event) => {
+    if (event.kind === "state") return [event.time?.replace("T", " "), t(`state_${event.state}`)];
+    return event.kind === "finding" ? [t("at_step", { step: whole(event.step) }), anyText(`finding.${event.name}`, event)] : null;
+  }).filter(Boolean);
+  return told.length > 0 && html`<table class="events"><tbody>${told.map(([when, what], at) => html`<tr key=${at}><td class="soft">${when}</td><td>${what}</td></tr>`)}</tbody></table>`;
 }
 
 function Checkpoints({ run }) {

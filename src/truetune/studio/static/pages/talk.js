@@ -72,6 +72,8 @@ function Talk({ run }) {
     </form>`;
 }
 
+const Thumb = ({ isDown }) => html`<svg class=${`thumb${isDown ? " down" : ""}`} viewBox="0 0 16 16" width="15" height="15" aria-hidden="true"><path d="M1.5 7h2.6v6.5H1.5zM4.1 7.2 7 1.6c1.3 0 1.9.9 1.7 2L8.3 6h4.4c1 0 1.6.8 1.4 1.7l-1 4.6c-.2.7-.7 1.2-1.5 1.2H4.1z" /></svg>`;
+
 function Turn({ run, turns, turn, system, isOpen }) {
   const [ids, setIds] = useState(null);
   const [error, setError] = useState(null);
@@ -93,8 +95,8 @@ function Turn({ run, turns, turn, system, isOpen }) {
   return html`<article class="turn"><${Bubble} role="user" content=${turn.user} />
     <div class="sides">${SIDES.map((side) => html`<div key=${side} class=${side}><b>${t(side)}</b><span class="content">${turn[side]}${isOpen && !turn[side] && html`<span class="soft">…</span>`}</span></div>`)}</div>
     ${!isOpen && html`<div class="buttons small">
-      <button type="button" class="quiet" onClick=${() => { setSaved(null); setSaving(turn.tuned); }} aria-label=${t("good")}>👍 ${t("good_short")}</button>
-      <button type="button" class="quiet" onClick=${() => { setSaved(null); setSaving(""); }} aria-label=${t("bad")}>👎 ${t("bad_short")}</button>
+      <button type="button" class="quiet" onClick=${() => { setSaved(null); setSaving(turn.tuned); }} aria-label=${t("good")}><${Thumb} />${t("good_short")}</button>
+      <button type="button" class="quiet" onClick=${() => { setSaved(null); setSaving(""); }} aria-label=${t("bad")}><${Thumb} isDown />${t("bad_short")}</button>
       <button type="button" class="quiet" aria-expanded=${Boolean(ids)} onClick=${showIds}>${t("prompt_ids")}</button></div>`}
     ${saving !== null && html`<form class="card" onSubmit=${save}><label>${t("answer_to_learn")}<textarea rows="3" required value=${saving} onInput=${(event) => setSaving(event.target.value)}></textarea></label>
       <div class="buttons"><button class="main">${t("save_row")}</button><button type="button" onClick=${() => setSaving(null)}>${t("cancel")}</button></div></form>`}

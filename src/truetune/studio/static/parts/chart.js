@@ -1,7 +1,7 @@
 // Lines over steps. Drag to zoom, double click to see all again, click for the rows of a step.
 import uPlot from "../vendor/uplot.js";
 import { html, useEffect, useRef, useState } from "../html.js";
-import { number } from "../text.js";
+import { number, t } from "../text.js";
 
 const COLOURS = ["--deep", "--mark", "--blue", "--violet", "--rose", "--teal"];
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -33,10 +33,11 @@ export function Chart({ lines, label, height = 300, format = (value) => number(v
   tell.current = { onPick, onZoom };
   const shape = lines.map((line) => line.label).join("|");
   useEffect(() => {
+    const element = place.current;
     const options = {
-      width: Math.max(place.current.clientWidth, 200), height, legend: { show: hasLegend, live: true },
+      width: Math.max(element.clientWidth, 200), height, legend: { show: hasLegend, live: true },
       scales: { x: { time: false } }, axes: [axis(), axis(format)], cursor: { focus: { prox: 24 }, drag: { x: true, y: false } },
-      series: [{ label: "step", value: (_, value) => value ?? "–" }, ...lines.map(seriesOf)],
+      series: [{ label: t("step"), value: (_, value) => value ?? "–" }, ...lines.map(seriesOf)],
       hooks: {
         setSelect: [(u) => {
           if (u.select.width < 4) return;
@@ -52,10 +53,10 @@ export function Chart({ lines, label, height = 300, format = (value) => number(v
         }],
       },
     };
-    const made = new uPlot(options, columns(lines), place.current);
+    const made = new uPlot(options, columns(lines), element);
     plot.current = made;
-    const watch = new ResizeObserver(() => made.setSize({ width: place.current.clientWidth, height }));
-    watch.observe(place.current);
+    const watch = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height }));
+    watch.observe(element);
     return () => { watch.disconnect(); made.destroy(); plot.current = null; };
   }, [shape, useScheme()]);
   useEffect(() => { plot.current?.setData(columns(lines)); }, [lines]);

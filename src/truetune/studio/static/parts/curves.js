@@ -3,11 +3,12 @@ import { html, useEffect, useMemo, useState } from "../html.js";
 import { bytes, number, t, whole } from "../text.js";
 import { Fault, useAsked } from "./basics.js";
 import { Chart } from "./chart.js";
-import { askSeries } from "./series.js";
+import { askLoss } from "./series.js";
 
 const NUM_SPIKES = 4;
 
-export function Curves({ name, series, range, onZoom, step, onPick }) {
+// `children` (the rows of a step) stand right below the curve that was clicked.
+export function Curves({ name, series, range, onZoom, step, onPick, children }) {
   const [others, setOthers] = useState([]);
   const { value: runs } = useAsked("runs", {}, []);
   const { lines, error } = useOverlay(others, range);
@@ -30,7 +31,8 @@ export function Curves({ name, series, range, onZoom, step, onPick }) {
       ${others.map((other) => html`<span key=${other} class="chip">${other}<button type="button" class="quiet" aria-label=${t("remove", { name: other })} onClick=${() => setOthers(others.filter((one) => one !== other))}>×</button></span>`)}
     </div>
     <p class="soft">${t("curve_hint")}</p><${Fault} error=${error} />
-    <${Small} series=${series} onPick=${onPick} />
+    ${children}
+    <${Small} series=${series.rest} onPick=${onPick} />
   </section>`;
 }
 
@@ -51,7 +53,7 @@ function useOverlay(others, range) {
   const [error, setError] = useState(null);
   useEffect(() => {
     let isOver = false;
-    Promise.all(others.map((other) => askSeries(other, range))).then(
+    Promise.all(others.map((other) => askLoss(other, range))).then(
       (all) => !isOver && setLines(all.map((found, at) => ({ label: others[at], x: found.step, y: found.loss, colour: ["--blue", "--violet", "--rose", "--teal"][at % 4] }))),
       (fault) => !isOver && setError(fault),
     );
@@ -62,12 +64,11 @@ function useOverlay(others, range) {
 
 function Small({ series, onPick }) {
   const curves = useMemo(() => {
-    const per_s = (key) => (series[key] ?? []).map((value, at) => (value == null || !series.seconds[at] ? null : value / series.seconds[at]));
     return [
       [t("learning_rate"), [[t("learning_rate"), series.learning_rate]]],
       [t("grad_norm"), [[t("grad_norm"), series.grad_norm]]],
-      [t("rows_s"), [[t("rows_s"), per_s("rows")]]],
-      [t("tokens_s"), [[t("tokens_s"), per_s("trie_tokens")]]],
+      [t("rows_s"), [[t("rows_s"), series.rows_per_s]]],
+      [t("tokens_s"), [[t("tokens_s"), series.tokens_per_s]]],
       [t("memory"), [[t("memory"), series.memory_bytes]], bytes],
       [t("use_percent"), [["CPU", series.cpu_percent], ["GPU", series.gpu_percent]]],
     ].map(([title, lines, format]) => ({

@@ -3,8 +3,9 @@ import { html } from "../html.js";
 import { t, whole } from "../text.js";
 import { Fault, useAsked } from "./basics.js";
 
-export function Samples({ name, count }) {
-  const { value, error } = useAsked(`runs/${encodeURIComponent(name)}/samples`, {}, [name, count]);
+// `latest` changes when there are new ones.
+export function Samples({ name, latest }) {
+  const { value, error } = useAsked(`runs/${encodeURIComponent(name)}/samples`, {}, [name, latest]);
   if (error) return html`<${Fault} error=${error} />`;
   const samples = Array.isArray(value) ? value : value?.samples ?? [];
   if (value && !samples.length) return html`<p class="soft">${t("no_samples")}</p>`;

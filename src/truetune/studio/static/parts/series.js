@@ -2,26 +2,43 @@
 import { useCallback, useEffect, useRef, useState } from "../html.js";
 import { get, listen } from "../api.js";
 
-const KEYS = ["loss", "learning_rate", "grad_norm", "rows", "trie_tokens", "seconds", "memory_bytes", "cpu_percent", "gpu_percent"];
-const POINTS = 2000;
+// Beside the loss, which has points of its own so that none of its extremes is lost.
+const KEYS = ["learning_rate", "grad_norm", "rows_per_s", "tokens_per_s", "seconds", "memory_bytes", "cpu_percent", "gpu_percent"];
+const LOSS_POINTS = 3000;
+const POINTS = 3000;
 // So many live steps are drawn at the end of what was asked for, before all of it is asked for again.
 const MOST_LIVE = 1000;
 const DRAW_MS = 250;
 
-export const askSeries = (name, range) => get(`runs/${encodeURIComponent(name)}/series`, {
-  keys: KEYS.join(","), points: POINTS, ...(range ? { from: Math.floor(range[0]), to: Math.ceil(range[1]) } : {}),
+const ask = (name, keys, points, range) => get(`runs/${encodeURIComponent(name)}/series`, {
+  keys: keys.join(","), points, ...(range ? { from: Math.floor(range[0]), to: Math.ceil(range[1]) } : {}),
 });
+
+export const askLoss = (name, range) => ask(name, ["loss"], LOSS_POINTS, range);
+
+// {step, loss, eval, total} of the loss, and `rest`: {step, learning_rate, …}.
+async function askSeries(name, range) {
+  const [found, rest] = await Promise.all([askLoss(name, range), ask(name, KEYS, POINTS, range)]);
+  return { ...found, rest };
+}
 
 const lastOf = (series) => series?.step.at(-1) ?? 0;
 
+const valueOf = (event, key) => {
+  if (key === "rows_per_s") return event.rows / event.seconds;
+  return key === "tokens_per_s" ? event.trie_tokens / event.seconds : event[key] ?? null;
+};
+
 function withEvents(series, events) {
-  const made = { ...series, step: [...series.step], eval: [...series.eval] };
-  for (const key of KEYS) made[key] = [...(series[key] ?? series.step.map(() => null))];
+  const made = { ...series, step: [...series.step], loss: [...series.loss], eval: [...series.eval], rest: { step: [...series.rest.step] } };
+  for (const key of KEYS) made.rest[key] = [...series.rest[key]];
   for (const event of events) {
     if (event.kind === "eval" && event.step > (made.eval.at(-1)?.[0] ?? -1)) made.eval.push([event.step, event.eval_loss]);
     if (event.kind !== "step" || event.step <= lastOf(made)) continue;
     made.step.push(event.step);
-    for (const key of KEYS) made[key].push(event[key] ?? null);
+    made.loss.push(event.loss);
+    made.rest.step.push(event.step);
+    for (const key of KEYS) made.rest[key].push(valueOf(event, key));
   }
   return made;
 }
@@ -57,7 +74,7 @@ export function useSeries(name, { range, isLive, onTold }) {
     const stop = listen(`runs/${encodeURIComponent(name)}/live`, { after: lastOf(series) }, (event) => {
       if (event.kind === "step" || event.kind === "eval") waiting.current.push(event);
       // A resumed run takes steps again: what is drawn may be of steps that no longer count.
-      if (event.kind === "state") reload();
+      if (event.kind === "cut") reload();
       told.current?.(event);
     });
     return () => { clearInterval(timer); stop(); };
