@@ -178,6 +178,7 @@ TEXTS = {
     "studio.question": "Question",
     "studio.question_hint": "Ask something",
     "studio.ask": "Ask",
+    "studio.loading": "Loading the model …",
     "studio.new_talk": "New talk",
     "studio.good": "The tuned answer is good: keep it as a training row",
     "studio.good_short": "good",
@@ -188,4 +189,8 @@ TEXTS = {
     "studio.answer_to_learn": "Answer to learn",
     "studio.save_row": "Save as training row",
     "studio.saved_row": "Saved in {path}",
+    # --- the door ---
+    "studio.door_token": "Token",
+    "studio.door_enter": "Enter",
+    "studio.door_token_in": "The page asks for the token in {path}.",
 }

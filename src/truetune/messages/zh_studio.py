@@ -173,6 +173,7 @@ TEXTS = {
     "studio.question": "问题",
     "studio.question_hint": "问点什么",
     "studio.ask": "提问",
+    "studio.loading": "正在加载模型…",
     "studio.new_talk": "新对话",
     "studio.good": "微调后的回答很好：保存为训练样本",
     "studio.good_short": "好",
@@ -183,4 +184,8 @@ TEXTS = {
     "studio.answer_to_learn": "要学习的回答",
     "studio.save_row": "保存为训练样本",
     "studio.saved_row": "已保存到 {path}",
+    # --- the door ---
+    "studio.door_token": "令牌",
+    "studio.door_enter": "进入",
+    "studio.door_token_in": "页面会要求输入 {path} 中的令牌。",
 }
