@@ -161,3 +161,11 @@ def step_number(page: Any) -> int:
     """The step that the run's page shows."""
     told = page.locator(".tiles dd").first.inner_text()
     return int(re.sub(r"\D", "", told.split("/")[0]) or 0)
+
+
+def until(page: Any, script: str, *, timeout_s: float = 240) -> None:
+    """Wait until a script is true. Playwright's own way evaluates a string in the page, which its policy forbids."""
+    end = time.monotonic() + timeout_s
+    while not page.evaluate(script):
+        assert time.monotonic() < end, f"{script}\n{page.locator('main').inner_text()}"
+        time.sleep(0.1)

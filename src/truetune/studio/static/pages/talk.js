@@ -33,6 +33,7 @@ function Talk({ run }) {
   const [asked, setAsked] = useState("");
   const [settings, setSettings] = useState({ system: "", temperature: "0", max_tokens: "256" });
   const [isAnswering, setAnswering] = useState(false);
+  const [isLoading, setLoading] = useState(false);
   const [error, setError] = useState(null);
   const stop = useRef(null);
   const set = (change) => setSettings((old) => ({ ...old, ...change }));
@@ -40,8 +41,10 @@ function Talk({ run }) {
     const body = { run, side, messages: messagesOf(all, side, settings.system), temperature: Number(settings.temperature), max_tokens: Number(settings.max_tokens) };
     let text = "";
     for await (const piece of pieces("talk", body, stop.current.signal)) {
+      if (piece.status) setLoading(piece.status === "loading");
+      else setLoading(false);
       if (piece.error) throw new Error(piece.error.message ?? piece.error);
-      text += piece.text ?? piece.choices?.[0]?.delta?.content ?? "";
+      text += piece.choices?.[0]?.delta?.content ?? "";
       const soFar = text;
       setTurns((old) => old.map((turn, at) => (at === all.length - 1 ? { ...turn, [side]: soFar } : turn)));
     }
@@ -57,6 +60,7 @@ function Talk({ run }) {
     stop.current = new AbortController();
     try { await Promise.all(SIDES.map((side) => answer(all, side))); } catch (fault) { if (fault.name !== "AbortError") setError(fault); }
     setAnswering(false);
+    setLoading(false);
   };
   return html`<details class="card"><summary>${t("chat_settings")}</summary><div class="fields">
       <label class="wide">${t("system")}<input value=${settings.system} placeholder=${t("system_of_run")} onInput=${(event) => set({ system: event.target.value })} /></label>
@@ -64,6 +68,7 @@ function Talk({ run }) {
       <label>${t("max_tokens")}<input type="number" min="1" value=${settings.max_tokens} onInput=${(event) => set({ max_tokens: event.target.value })} /></label></div></details>
     <div class="turns" aria-live="polite" aria-busy=${isAnswering}>${turns.map((turn, at) => html`<${Turn} key=${at} run=${run} turns=${turns.slice(0, at + 1)} turn=${turn} system=${settings.system} isOpen=${isAnswering && at === turns.length - 1} />`)}</div>
     <${Fault} error=${error} />
+    ${isLoading && html`<p class="soft" role="status">${t("loading")}</p>`}
     <form class="ask" onSubmit=${send}>
       <textarea rows="2" aria-label=${t("question")} placeholder=${t("question_hint")} value=${asked} onInput=${(event) => setAsked(event.target.value)}
         onKeyDown=${(event) => { if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event); }}></textarea>

@@ -40,7 +40,7 @@ export function TrainPage({ query, state }) {
     <form class="card" onSubmit=${(event) => { event.preventDefault(); begin("train", [], setTrainId); }}>
       <${FileChoice} value=${data} onChange=${setData} />
       <div class="fields">
-        <${ModelChoice} value=${values.model ?? ""} models=${state.models} onChange=${(model) => set("model", model)} />
+        <${ModelChoice} value=${values.model ?? ""} models=${state.models} onChange=${(model) => set("model", model || null)} />
         ${state.presets.length > 0 && html`<label>${t("preset")}<select onChange=${(event) => choosePreset(event.target.value)}>
           <option value="">${t("preset_none")}</option>${state.presets.map((preset) => html`<option key=${preset.name} value=${preset.name}>${preset.name}</option>`)}</select></label>`}
         ${first.map((field) => html`<${Field} key=${field.name} field=${field} value=${values[field.name]} onChange=${(value) => set(field.name, value)} />`)}
@@ -74,10 +74,9 @@ function useWayToRun(job) {
     if (!job?.run && job?.state !== "running") return undefined;
     let isOver = false;
     const look = async () => {
-      const name = job.run;
-      try {
-        if (name && await get(`runs/${encodeURIComponent(name)}`)) { if (!isOver) location.hash = `#/run/${encodeURIComponent(name)}`; return; }
-      } catch { /* not there yet */ }
+      const isThere = (await get("runs").catch(() => [])).some((run) => run.name === job.run);
+      if (isThere && !isOver) location.hash = `#/run/${encodeURIComponent(job.run)}`;
+      if (isThere) return;
       if (!isOver && job.state === "running") setTimeout(look, RUN_POLL_MS);
     };
     look();
@@ -90,7 +89,7 @@ function Field({ field, value, onChange }) {
   const shown = value ?? "";
   const described = { "aria-describedby": `help-${name}` };
   const placeholder = defaultText(field.default);
-  const change = (event) => onChange(event.target.value);
+  const change = (event) => onChange(event.target.value === "" ? null : event.target.value);
   const input = kind === "choice" || kind === "bool"
     ? html`<select ...${described} value=${shown} onChange=${change}><option value="">${t("default_is", { value: placeholder })}</option>
         ${(kind === "bool" ? ["true", "false"] : choices).map((choice) => html`<option key=${choice} value=${choice}>${choice}</option>`)}</select>`
@@ -104,13 +103,19 @@ const defaultText = (value) => {
   return typeof value === "object" ? (Object.keys(value).length ? JSON.stringify(value) : "–") : JSON.stringify(value).replace(/^"|"$/g, "");
 };
 
-const asTexts = (values) => Object.fromEntries(Object.entries(values)
-  .filter(([name]) => !ELSEWHERE.includes(name) || name === "model")
-  .map(([name, value]) => [name, Array.isArray(value) ? (value.length === 1 ? String(value[0]) : JSON.stringify(value)) : typeof value === "object" && value ? JSON.stringify(value) : String(value ?? "")]));
+// As the command line takes them: lists with commas, prompts (which hold commas) and mappings as JSON.
+const asText = (name, value) => {
+  if (value === null || typeof value !== "object") return value === null ? null : String(value);
+  return Array.isArray(value) && name !== "sample_prompts" ? value.join(",") : JSON.stringify(value);
+};
 
+const asTexts = (values) => Object.fromEntries(Object.entries(values)
+  .filter(([name]) => !ELSEWHERE.includes(name)).map(([name, value]) => [name, asText(name, value)]));
+
+// null: not given; an empty text of a recipe (input_join) is.
 function wordsOf(data, values, fields) {
-  const known = new Set(["model", ...fields.map((field) => field.name)]);
-  const given = Object.entries(values).filter(([name, value]) => known.has(name) && value !== "" && value != null && name !== "data");
+  const known = new Set(fields.map((field) => field.name).filter((name) => name !== "data"));
+  const given = Object.entries(values).filter(([name, value]) => known.has(name) && value != null);
   return [...data, ...given.flatMap(([name, value]) => [`--${name.replaceAll("_", "-")}`, String(value)])];
 }
 
