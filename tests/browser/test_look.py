@@ -8,11 +8,13 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from tests.browser.conftest import WIDTHS, Studio, until
 from truetune.cli import run as truetune
+from truetune.config import Config
 from truetune.messages import CATALOGUES
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
@@ -26,9 +28,9 @@ HAN = re.compile("[\u4e00-\u9fff]")
 @pytest.fixture(scope="module")
 def run_name(studio: Studio, tiny_qwen: Path) -> str:
     """A finished run of the tiny model, on rows that try to be markup, in a folder whose name tries, too."""
-    name = "<b>run</b>"
+    name = "<b>run <img src=x onerror=hit=1>"
     rows = [{"instruction": f"What is {n}? {XSS}", "output": f"It is {n}. {XSS}"} for n in range(40)]
-    data = studio.home / "<i>rows</i>.json"
+    data = studio.home / "<i>rows.json"
     data.write_text(json.dumps(rows), encoding="utf-8")
     keys = ["--max-steps", "4", "--batch-size", "8", "--eval-steps", "2", "--dtype", "float32", "--lora-r", "2"]
     out = studio.home / "runs" / name
@@ -52,7 +54,7 @@ def big_run(studio: Studio, run_name: str) -> str:
 
 def pages(name: str) -> dict[str, str]:
     """The pages of the studio, with a run of that name."""
-    at = f"run/{name.replace('<', '%3C').replace('>', '%3E').replace('/', '%2F')}"
+    at = f"run/{quote(name)}"
     parts = {part: f"{at}/{part}" for part in ("curves", "samples", "rows", "log", "report", "use")}
     return {"data": "data", "train": "train", "runs": "runs", "chat": "chat", **parts}
 
@@ -131,6 +133,7 @@ def test_the_first_page_is_there_in_a_second(open_tab: Any) -> None:
     times = []
     for _ in range(3):
         page = open_tab("data").page
+        until(page, "performance.getEntriesByName('first-contentful-paint').length > 0")
         times.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     print(f"\nfirst page: {min(times):.0f} ms")
     assert min(times) < FIRST_PAGE_MS
@@ -184,18 +187,20 @@ def test_the_page_speaks_chinese(open_tab: Any, run_name: str) -> None:
     page = tab.page
     page.get_by_role("button", name="中文").click()
     page.get_by_role("heading", name=CATALOGUES["zh"]["studio.data_title"]).wait_for()
-    english = {text for key, text in CATALOGUES["en"].items() if key.startswith("studio.") and "{" not in text}
+    english = {text for key, text in CATALOGUES["en"].items() if key.startswith("studio.")}
     looked = 0
     for at in pages(run_name).values():
         page.goto(f"{page.url.partition('#')[0]}#/{at}")
         settle(page)
         shown = {line.strip() for line in page.locator("body").inner_text().splitlines()}
-        assert shown & english - {"…"} == set()
+        # The configuration's keys are the same in every language.
+        assert shown & english - set(Config.model_fields) == set()
         assert HAN.search(page.title())
         looked += 1
     assert looked == 10
     # Kept: the next visit begins in Chinese.
     page.reload()
+    page.locator("main h1").wait_for()
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
 
 
@@ -203,7 +208,7 @@ def test_a_refusal_is_a_sentence(open_tab: Any, studio: Studio) -> None:
     tab = open_tab("data")
     page = tab.page
     page.get_by_role("button", name="Files of this machine").click()
-    page.get_by_role("button", name="<i>rows</i>.json", exact=True).click()
+    page.get_by_role("button", name="<i>rows.json", exact=True).click()
     page.get_by_label("Base model").fill(str(studio.home / "no-model"))
     page.get_by_role("button", name="Check", exact=True).click()
     until(page, "document.querySelector('.fault, .badge.failed') !== null")

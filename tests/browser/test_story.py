@@ -82,6 +82,7 @@ def see_the_mask(tab: Any, rows: Path, model: Path) -> None:
     page.get_by_label("token ids").check()
     ids = [int(text) for text in first.locator(".token.learned sub").all_inner_texts()]
     assert ids == answer_ids(model, learned)
+    first.scroll_into_view_if_needed()
     tab.shot("data")
     page.get_by_label("Search").fill("cat")
     until(page, "[...document.querySelectorAll('article.row')].every(row => row.innerText.includes('cat'))")

@@ -1,7 +1,7 @@
 // The frame: which page the address names (#/data/JOB, #/train?model=…, #/runs, #/run/NAME/samples, #/chat/NAME), languages.
 import { html, render, useEffect, useState } from "./html.js";
 import { get } from "./api.js";
-import { lang, loadTexts, t } from "./text.js";
+import { lang, loadTexts, setHome, t } from "./text.js";
 import { DataPage } from "./pages/data.js";
 import { TrainPage } from "./pages/train.js";
 import { RunPage, RunsPage } from "./pages/run.js";
@@ -37,8 +37,8 @@ function App({ state }) {
         ${TABS.map((name) => html`<a key=${name} href=${`#/${name}`} aria-current=${tab === name ? "page" : undefined}>${t(`tab_${name}`)}</a>`)}
       </nav>
       <div class="langs" role="group" aria-label=${t("language")}>
-        ${[["en", "English", "EN"], ["zh", "中文", "中文"]].map(([name, label, short]) => html`
-          <button key=${name} type="button" class="quiet" lang=${name} aria-label=${label} aria-pressed=${shown === name} onClick=${() => choose(name)}>${short}</button>`)}
+        ${[["en", "English"], ["zh", "中文"]].map(([name, label]) => html`
+          <button key=${name} type="button" class="quiet" lang=${name} aria-pressed=${shown === name} onClick=${() => choose(name)}>${label}</button>`)}
       </div>
     </header>
     <main id="main" tabindex="-1" key=${`${shown}/${at.page}/${at.page === "run" ? at.rest[0] : ""}`}>
@@ -49,6 +49,7 @@ function App({ state }) {
 
 async function start() {
   const [state] = await Promise.all([get("state"), loadTexts()]);
+  setHome(state.cwd);
   render(html`<${App} state=${state} />`, document.getElementById("app"));
 }
 

@@ -56,4 +56,9 @@ export function duration(seconds) {
   return m ? t("time_ms", { m, s }) : t("time_s", { s });
 }
 
+// Paths inside the home folder are told from there, as the command line does.
+let home = "";
+export const setHome = (path) => { home = `${path.replace(/\/$/, "")}/`; };
+export const nearPath = (path) => (path?.startsWith(home) ? path.slice(home.length) : path);
+
 export const baseName = (path) => String(path ?? "").replace(/\/+$/, "").split("/").pop();

@@ -1,7 +1,7 @@
 // Data: choose files and a model, check them, and see each row as it will be trained. #/data/JOB keeps the last check.
 import { html, useEffect, useState } from "../html.js";
 import { get } from "../api.js";
-import { number, t, whole } from "../text.js";
+import { nearPath, number, t, whole } from "../text.js";
 import { Choice, Fault, Pager, Tiles, useAsked } from "../parts/basics.js";
 import { FileChoice } from "../parts/files.js";
 import { Job, startJob, useJob } from "../parts/job.js";
@@ -119,4 +119,4 @@ export function StoredRows({ store }) {
 }
 
 const Refused = ({ rows }) => rows.length > 0 && html`<table class="refused"><thead><tr><th scope="col">${t("place")}</th><th scope="col">${t("reason")}</th></tr></thead>
-  <tbody>${rows.map((row, at) => html`<tr key=${at}><td class="where">${row.where}</td><td>${row.reason}<br /><span class="soft">${row.fix}</span></td></tr>`)}</tbody></table>`;
+  <tbody>${rows.map((row, at) => html`<tr key=${at}><td class="where">${nearPath(row.where)}</td><td>${row.reason}<br /><span class="soft">${row.fix}</span></td></tr>`)}</tbody></table>`;

@@ -1,13 +1,13 @@
 // What came of a run: its report card, and merging and exporting it.
 import { html, useState } from "../html.js";
 import { link } from "../api.js";
-import { t } from "../text.js";
+import { nearPath, t } from "../text.js";
 import { Fault } from "../parts/basics.js";
 import { Job, startJob, useJob } from "../parts/job.js";
 
 export function ReportPart({ run }) {
   const address = link(`runs/${encodeURIComponent(run.name)}/report.html`);
-  if (!run.report) return html`<p class="soft">${t("no_report")}</p>`;
+  if (!run.has_report_page) return html`<p class="soft">${t("no_report")}</p>`;
   return html`<p><a href=${address} target="_blank" rel="noopener">${t("open_report")}</a></p>
     <iframe class="report" src=${address} sandbox="" title=${t("part_report")}></iframe>`;
 }
@@ -15,7 +15,7 @@ export function ReportPart({ run }) {
 const QUANTIZE = ["F16", "F32", "BF16", "Q8_0", "Q4_0"];
 
 export function UsePart({ run }) {
-  const from = run.path ?? `runs/${run.name}`;
+  const from = nearPath(run.path);
   if (run.adapter_step == null) return html`<p class="soft">${t("no_adapter")}</p>`;
   return html`<div class="two">
     <${Making} title=${t("merge_title")} lead=${t("merge_lead")} command="merge" output=${`${from}-merged`}

@@ -1,7 +1,7 @@
 // Runs, and one of them while it goes on or afterwards: curves, the rows behind a step, samples, report, what to do with it.
 import { html, useEffect, useState } from "../html.js";
 import { get, post } from "../api.js";
-import { anyText, baseName, bytes, duration, number, t, whole } from "../text.js";
+import { anyText, baseName, bytes, duration, nearPath, number, t, whole } from "../text.js";
 import { Badge, Choice, Fault, Tiles, useAsked, usePolling } from "../parts/basics.js";
 import { Curves } from "../parts/curves.js";
 import { Job, startJob, useJob } from "../parts/job.js";
@@ -43,6 +43,7 @@ export function RunPage({ rest }) {
       if (event.kind === "state" && event.state !== run?.state) reload();
     },
   });
+  const [fault, setFault] = useState(null);
   const [jobId, setJobId] = useState(null);
   const { job } = useJob(jobId);
   useEffect(() => { if (!jobId && run) findJob(run).then((found) => found && setJobId(found.id)); }, [run?.state]);
@@ -52,12 +53,12 @@ export function RunPage({ rest }) {
   if (error && !run) return html`<${Fault} error=${error} />`;
   if (!run) return html`<p class="soft" aria-busy="true">…</p>`;
   const parts = [["curves", t("part_curves")], ["samples", t("part_samples")], ["rows", t("part_rows")], ["log", t("part_log")], ["report", t("part_report")], ["use", t("part_use")]];
-  const resume = async () => setJobId((await startJob("train", ["--resume", "--output-dir", run.path ?? `runs/${run.name}`])).id);
+  const resume = () => startJob("train", ["--resume", "--output-dir", nearPath(run.path)]).then((started) => setJobId(started.id), setFault);
   const isBusy = job?.state === "running";
   return html`
     <div class="run-head"><h1>${run.name}</h1><${Badge} state=${run.state} />
       <span class="buttons">
-        ${isBusy && job.command === "train" && html`<button type="button" onClick=${() => post(`jobs/${jobId}/stop`)}>${t("stop")}</button>`}
+        ${isRunning && html`<button type="button" onClick=${() => post(`${path(name)}/stop`).catch(setFault)}>${t("stop")}</button>`}
         ${!isBusy && !isRunning && run.state !== "done" && html`<button type="button" class="main" onClick=${resume}>${t("resume")}</button>`}
         ${run.adapter_step != null && html`<a class="button" href=${`#/chat/${encodeURIComponent(name)}`}>${t("tab_chat")}</a>`}
       </span></div>
@@ -65,7 +66,7 @@ export function RunPage({ rest }) {
     ${run.error && html`<p class="fault">${run.error}</p>`}
     <${Progress} run=${run} series=${series} />
     <${Choice} label=${t("parts")} options=${parts} value=${part} onChange=${(wanted) => { location.hash = `#/run/${encodeURIComponent(name)}/${wanted}`; }} />
-    <${Fault} error=${lost} />
+    <${Fault} error=${fault ?? lost} />
     ${part === "curves" && series && html`<${Curves} name=${name} series=${series} range=${range} onZoom=${setRange} step=${step} onPick=${setStep}>
         ${step != null && html`<${StepRows} name=${name} step=${step} last=${series.step.at(-1)} onStep=${setStep} />`}<//>
       <${Checkpoints} run=${run} />`}
@@ -79,7 +80,7 @@ export function RunPage({ rest }) {
 // The train command of the studio that writes, or wrote last, into this run; jobs come newest first.
 async function findJob(run) {
   const jobs = await get("jobs");
-  const own = jobs.filter((job) => job.command === "train" && (job.run === run.name || job.run === run.path || job.shown?.includes(run.path)));
+  const own = jobs.filter((job) => job.command === "train" && (job.run === run.name));
   return own.find((job) => job.state === "running") ?? own[0] ?? null;
 }
 

@@ -1,7 +1,7 @@
 // Compare and chat: one question, the base's and the tuned model's answer side by side, as they come.
 import { html, useRef, useState } from "../html.js";
 import { pieces, post } from "../api.js";
-import { t, whole } from "../text.js";
+import { nearPath, t, whole } from "../text.js";
 import { Fault, useAsked } from "../parts/basics.js";
 import { Bubble } from "../parts/rows.js";
 
@@ -105,7 +105,7 @@ function Turn({ run, turns, turn, system, isOpen }) {
       <button type="button" class="quiet" aria-expanded=${Boolean(ids)} onClick=${showIds}>${t("prompt_ids")}</button></div>`}
     ${saving !== null && html`<form class="card" onSubmit=${save}><label>${t("answer_to_learn")}<textarea rows="3" required value=${saving} onInput=${(event) => setSaving(event.target.value)}></textarea></label>
       <div class="buttons"><button class="main">${t("save_row")}</button><button type="button" onClick=${() => setSaving(null)}>${t("cancel")}</button></div></form>`}
-    ${saved !== null && html`<p class="soft" role="status">${t("saved_row", { path: saved })}</p>`}
+    ${saved !== null && html`<p class="soft" role="status">${t("saved_row", { path: nearPath(saved) })}</p>`}
     <${Fault} error=${error} />
     ${ids && html`<div class="tokens with-ids">${ids.ids.map((id, at) => html`<span key=${at} class="token prompt">${(ids.texts[at] ?? "").replace(/\n/g, "↵\n")}<sub>${id}</sub></span>`)}</div><p class="soft">${t("tokens_count", { count: whole(ids.ids.length) })}</p>`}
   </article>`;

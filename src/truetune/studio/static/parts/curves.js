@@ -36,16 +36,16 @@ export function Curves({ name, series, range, onZoom, step, onPick, children }) 
   </section>`;
 }
 
-// Steps whose loss stands out above the middle of their neighbours, the highest first.
+// Steps whose loss is the highest of its near neighbours and stands out most above the middle of the wider ones.
 function findSpikes({ step, loss }) {
-  const width = 7;
   const found = [];
+  const around = (at, width) => loss.slice(Math.max(0, at - width), at + width + 1).filter((value) => value != null).sort((a, b) => a - b);
   for (let at = 1; at < step.length; at += 1) {
-    const near = loss.slice(Math.max(0, at - width), at + width + 1).filter((value) => value != null).sort((a, b) => a - b);
-    const middle = near[Math.floor(near.length / 2)];
-    if (loss[at] != null && loss[at] > middle && loss[at] === near.at(-1)) found.push([step[at], loss[at], loss[at] - middle]);
+    if (loss[at] == null || loss[at] < around(at, 2).at(-1)) continue;
+    const wide = around(at, 7);
+    found.push([step[at], loss[at], loss[at] - wide[Math.floor(wide.length / 2)]]);
   }
-  return found.sort((a, b) => b[2] - a[2]).slice(0, NUM_SPIKES).sort((a, b) => a[0] - b[0]);
+  return found.filter(([, , height]) => height > 0).sort((a, b) => b[2] - a[2]).slice(0, NUM_SPIKES).sort((a, b) => a[0] - b[0]);
 }
 
 function useOverlay(others, range) {

@@ -4,7 +4,7 @@
 //   shown    <|im_start|> user ↵   …  assistant  ↵  │ I   am    …  <|im_end|>
 //                                                   └ pair.learned: from here on all is learned
 import { html, useState } from "../html.js";
-import { t, whole } from "../text.js";
+import { nearPath, t, whole } from "../text.js";
 import { Choice } from "./basics.js";
 
 // Tokens that are drawn at first; a click draws the rest.
@@ -39,7 +39,7 @@ export function Row({ row, view, hasIds }) {
   const numTokens = row.pairs.reduce((sum, pair) => sum + pair.ids.length, 0);
   const numLearned = row.pairs.reduce((sum, pair) => sum + pair.ids.length - pair.learned, 0);
   return html`<article class="row">
-    <div class="row-head"><span class="where">${row.where}</span>
+    <div class="row-head"><span class="where">${nearPath(row.where)}</span>
       <span>${t("row_tokens", { learned: whole(numLearned), total: whole(numTokens) })}</span></div>
     ${view === "chat"
       ? html`<div class="talk">${row.messages.map((message, at) => html`
