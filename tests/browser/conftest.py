@@ -124,12 +124,15 @@ class Tab:
         if parts.scheme not in ("data", "blob"):
             self.hosts.add(parts.hostname)
 
-    def shot(self, name: str, *, full: bool = False) -> None:
-        """Keep a picture, if asked to."""
+    def shot(self, name: str, *, at: str = "header") -> None:
+        """Keep a picture, if asked to; `at`: what stands at its top."""
         if SCREENSHOTS:
             Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.locator(at).first.evaluate(
+                "element => scrollTo(0, element.getBoundingClientRect().top + scrollY - 16)"
+            )
             self.page.wait_for_timeout(400)
-            self.page.screenshot(path=Path(SCREENSHOTS) / f"studio-{name}.png", full_page=full)
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"studio-{name}.png")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Nothing is lost when the training process, the studio or the browser is killed: what a run is stands in its folder."""
+"""Nothing is lost when the training process, the studio or the browser is killed: a run is what its folder holds."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_studio_and_the_browser_may_be_killed(running: tuple[Any, Path], stu
 
 
 def test_an_open_page_goes_on_when_the_studio_is_back(running: tuple[Any, Path], studio: Studio) -> None:
-    tab, run = running
+    tab, _ = running
     page = tab.page
     seen = step_number(page)
     studio.kill()

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -162,6 +162,30 @@ def test_a_long_run_draws_at_once(open_tab: Any, big_run: str) -> None:
     assert min(times) < DRAW_MS
     # The one step in 100,000 that stands out is found, and leads to its rows.
     assert page.locator(".spikes button", has_text=f"{SPIKE:,}").count() == 1
+
+
+def test_zooming_asks_for_the_steps_zoomed_to(open_tab: Any, big_run: str, run_name: str) -> None:
+    page = open_tab(f"run/{big_run}").page
+    over = page.locator(".chart .u-over").first
+    over.wait_for()
+    size = over.bounding_box()
+    left, middle = size["x"] + size["width"] * 0.6, size["y"] + size["height"] / 2
+    with page.expect_request(lambda asked: "series" in asked.url and "from=" in asked.url) as asked:
+        page.mouse.move(left, middle)
+        page.mouse.down()
+        page.mouse.move(left + size["width"] * 0.2, middle, steps=4)
+        page.mouse.up()
+    bounds = {
+        key: int(values[0])
+        for key, values in parse_qs(urlsplit(asked.value.url).query).items()
+        if key in ("from", "to")
+    }
+    assert 0.55 * BIG_STEPS < bounds["from"] < 0.65 * BIG_STEPS < bounds["to"] < 0.85 * BIG_STEPS
+    page.get_by_role("button", name="Whole run").click()
+    page.get_by_role("button", name="Whole run").wait_for(state="detached")
+    # Another run over it.
+    page.get_by_label("Compare with").select_option(run_name)
+    page.locator(".u-legend", has_text=run_name).wait_for()
 
 
 def test_the_keyboard_reaches_everything(open_tab: Any, run_name: str) -> None:

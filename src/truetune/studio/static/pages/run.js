@@ -72,7 +72,7 @@ export function RunPage({ rest }) {
       <${Checkpoints} run=${run} />`}
     ${part === "samples" && html`<${Samples} name=${name} latest=${lastSample} />`}
     ${part === "rows" && html`<${StoredRows} store=${run.store} />`}
-    ${part === "log" && html`<${Events} events=${run.events ?? []} />${jobId ? html`<${Job} id=${jobId} job=${job} isOpen />` : html`<p class="soft">${t("no_log")}</p>`}`}
+    ${part === "log" && html`<${Events} events=${run.events ?? []} />${jobId ? html`<${Job} id=${jobId} job=${job} isOpen hasStop=${false} />` : html`<p class="soft">${t("no_log")}</p>`}`}
     ${part === "report" && html`<${ReportPart} run=${run} />`}
     ${part === "use" && html`<${UsePart} run=${run} />`}`;
 }

@@ -3,7 +3,7 @@ import { html, useRef, useState } from "../html.js";
 import { pieces, post } from "../api.js";
 import { nearPath, t, whole } from "../text.js";
 import { Fault, useAsked } from "../parts/basics.js";
-import { Bubble } from "../parts/rows.js";
+import { Bubble, Token } from "../parts/rows.js";
 
 const SIDES = ["base", "tuned"];
 
@@ -107,6 +107,6 @@ function Turn({ run, turns, turn, system, isOpen }) {
       <div class="buttons"><button class="main">${t("save_row")}</button><button type="button" onClick=${() => setSaving(null)}>${t("cancel")}</button></div></form>`}
     ${saved !== null && html`<p class="soft" role="status">${t("saved_row", { path: nearPath(saved) })}</p>`}
     <${Fault} error=${error} />
-    ${ids && html`<div class="tokens with-ids">${ids.ids.map((id, at) => html`<span key=${at} class="token prompt">${(ids.texts[at] ?? "").replace(/\n/g, "↵\n")}<sub>${id}</sub></span>`)}</div><p class="soft">${t("tokens_count", { count: whole(ids.ids.length) })}</p>`}
+    ${ids && html`<div class="tokens with-ids">${ids.ids.map((id, at) => html`<${Token} key=${at} text=${ids.texts[at]} id=${id} at=${at} kind="prompt" hasId />`)}</div><p class="soft">${t("tokens_count", { count: whole(ids.ids.length) })}</p>`}
   </article>`;
 }

@@ -1,7 +1,7 @@
 // A file of the folders that the studio may read, or one that is dropped on the page.
 import { html, useRef, useState } from "../html.js";
 import { upload } from "../api.js";
-import { baseName, bytes, t, whole } from "../text.js";
+import { baseName, bytes, nearPath, t, whole } from "../text.js";
 import { Fault, useAsked } from "./basics.js";
 
 // `value`: the chosen paths; dropping or choosing adds one.
@@ -17,7 +17,7 @@ export function FileChoice({ value, onChange }) {
       const added = [];
       for (const file of files) {
         setShare(0);
-        added.push((await upload(file, setShare)).path);
+        added.push(nearPath((await upload(file, setShare)).path));
       }
       onChange([...value, ...added.filter((path) => !value.includes(path))]);
     } catch (fault) { setError(fault); }
@@ -50,14 +50,14 @@ export function Browser({ onChoose }) {
   const { value, error } = useAsked("files", { path }, [path]);
   if (error) return html`<${Fault} error=${error} />`;
   if (!value) return null;
+  // Other roots are listed by their whole paths.
   const join = (name) => (name.startsWith("/") ? name : `${value.path.replace(/\/$/, "")}/${name}`);
-  const nameOf = (one) => (typeof one === "string" ? one : one.name);
   return html`<div class="browser" role="group" aria-label=${t("browse")}>
     <div class="soft path">${value.path}</div>
     <ul>
       ${value.parent && html`<li><button type="button" class="quiet" onClick=${() => setPath(value.parent)}>↑ ..</button></li>`}
-      ${value.folders.map((folder) => html`<li key=${nameOf(folder)}><button type="button" class="quiet" onClick=${() => setPath(folder.path ?? join(nameOf(folder)))}>${baseName(nameOf(folder))}/</button></li>`)}
-      ${value.files.map((file) => html`<li key=${file.name}><button type="button" class="quiet" onClick=${() => onChoose(file.path ?? join(file.name))}>${file.name}</button><span class="soft">${bytes(file.bytes)}</span></li>`)}
+      ${value.folders.map((folder) => html`<li key=${folder}><button type="button" class="quiet" onClick=${() => setPath(join(folder))}>${folder.startsWith("/") ? folder : `${folder}/`}</button></li>`)}
+      ${value.files.map((file) => html`<li key=${file.name}><button type="button" class="quiet" onClick=${() => onChoose(nearPath(join(file.name)))}>${file.name}</button><span class="soft">${bytes(file.bytes)}</span></li>`)}
     </ul>
   </div>`;
 }

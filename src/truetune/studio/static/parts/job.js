@@ -21,15 +21,15 @@ export function useJob(id) {
 
 export const startJob = (command, words) => post("jobs", { command, words });
 
-// `isOpen`: the output is shown at once, and not only where the command failed.
-export function Job({ id, job, error, isOpen }) {
+// `isOpen`: the output is shown at once, and not only where the command failed. `hasStop`: false where the page has its own.
+export function Job({ id, job, error, isOpen, hasStop = true }) {
   if (error) return html`<${Fault} error=${error} />`;
   if (!job) return null;
   const output = (Array.isArray(job.output) ? job.output.join("\n") : job.output ?? "").trim();
   const isRunning = job.state === "running";
   return html`<section class="job" aria-live="polite">
     <div class="job-head"><${Badge} state=${job.state} />
-      ${isRunning && html`<button type="button" onClick=${() => post(`jobs/${id}/stop`)}>${t("stop")}</button>`}
+      ${isRunning && hasStop && html`<button type="button" onClick=${() => post(`jobs/${id}/stop`)}>${t("stop")}</button>`}
       ${job.exit_code != null && job.exit_code !== 0 && html`<span class="soft">${t("exit_code", { code: job.exit_code })}</span>`}</div>
     <${Command} shown=${job.shown} />
     ${output && html`<details open=${isOpen || job.state === "failed"}><summary>${t("output")}</summary><pre class="log" tabindex="0">${output}</pre></details>`}

@@ -10,7 +10,16 @@ import { Choice } from "./basics.js";
 // Tokens that are drawn at first; a click draws the rest.
 const MOST_TOKENS = 1500;
 
-const visible = (text) => text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
+// [what is shown, the line break after it]: the id of a token that ends a line stands on that line.
+function visible(text) {
+  const shown = text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
+  return shown.endsWith("\n") ? [shown.slice(0, -1), "\n"] : [shown, ""];
+}
+
+export function Token({ text, id, at, kind, hasId }) {
+  const [shown, end] = visible(text ?? "");
+  return html`<span class=${`token ${kind}`} title=${`${at}: ${id}`}>${shown}${hasId && html`<sub>${id}</sub>`}${end}</span>`;
+}
 
 function Tokens({ pair, hasIds }) {
   const [isWhole, setWhole] = useState(false);
@@ -21,7 +30,7 @@ function Tokens({ pair, hasIds }) {
   const spans = ids.slice(from, to).map((id, offset) => {
     const at = from + offset;
     const kind = `${at >= learned ? "learned" : "prompt"}${specials.has(at) ? " special" : ""}`;
-    return html`<span key=${at} class=${`token ${kind}`} title=${`${at}: ${id}`}>${visible(texts[at])}${hasIds && html`<sub>${id}</sub>`}</span>`;
+    return html`<${Token} key=${at} text=${texts[at]} id=${id} at=${at} kind=${kind} hasId=${hasIds} />`;
   });
   return html`<div class=${`tokens${hasIds ? " with-ids" : ""}`}>${spans}</div>
     ${(from > 0 || to < ids.length) && html`<button type="button" class="quiet" onClick=${() => setWhole(true)}>${t("all_tokens", { count: whole(ids.length) })}</button>`}`;

@@ -12,7 +12,7 @@ export function Samples({ name, latest }) {
   const prompts = Object.values(Object.groupBy(samples, (sample) => sample.number));
   return html`<section>${prompts.map((taken) => {
     const latest = taken.at(-1);
-    return html`<article class="row" key=${latest.number}><p class="prompt">${latest.prompt}</p>
+    return html`<article class="row" key=${latest.number}><p class="asked">${latest.prompt}</p>
       <div class="sides"><div><b>${t("base")}</b>${latest.base}</div>
         <div class="tuned"><b>${t("tuned_at", { step: whole(latest.step) })}${!latest.is_ended && html` · ${t("cut_off")}`}</b>${latest.answer}</div></div>
       ${taken.length > 1 && html`<details><summary>${t("earlier", { count: taken.length - 1 })}</summary>
