@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "truetune"
+HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"}
 MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
@@ -228,6 +229,22 @@ def check_imports(trees: dict[str, ast.AST]) -> Iterator[str]:
             yield f"{module}: imports: cycle {' -> '.join(path)}"
 
 
+def check_light(trees: dict[str, ast.AST]) -> Iterator[str]:
+    """Yield modules that the studio reaches, at import or later, and that load torch: a crash there would end it."""
+    reached, waiting = set(), [module for module in trees if module.split(".")[0] == "studio"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting += [target for _, target in imports(trees[module], set(trees)) if target in trees]
+    for module in sorted(reached):
+        for node in ast.walk(trees[module]):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if HEAVY & {name.split(".")[0] for name in names}:
+                yield f"{module}:{getattr(node, 'lineno', 0)}: light: the studio reaches this, and it imports torch"
+
+
 def find_cycle(graph: dict[str, set[str]], start: str) -> list[str]:
     """Return a path from `start` back to itself, or []."""
     stack, seen = [(start, [start])], set()
@@ -369,7 +386,7 @@ def violations() -> list[str]:
     """Return every violation in the code base."""
     paths = modules()
     trees: dict[str, ast.AST] = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
-    found = [*check_imports(trees), *check_homes(paths), *check_test_files(paths), *check_readme_tree(paths)]
+    found = [*check_imports(trees), *check_light(trees), *check_homes(paths), *check_test_files(paths), *check_readme_tree(paths)]
     for module, path in paths.items():
         name = path.relative_to(PACKAGE).as_posix()
         found += [*check_shape(name, path, trees[module]), *check_errors(name, trees[module])]

@@ -117,11 +117,13 @@ class Jobs:
         if len(words) > MAX_WORDS or any("\0" in word or len(word) > MAX_WORD_CHARACTERS for word in words):
             raise UserError("studio_words", where=command, fix="studio_words")
         program = Program(lang)
-        found = program.get_command(click.Context(program), command)
-        if found is None or {"-h", "--help"} & set(words):
+        above = click.Context(program, **program.context_settings)
+        found = program.get_command(above, command)
+        # The command line moves its own options to the front: words would mean another thing there than here.
+        if found is None or any(word.startswith(("-h", "--help", "--lang", "--debug")) for word in words):
             raise UserError("studio_words", where=command, fix="studio_words")
         try:
-            values = dict(found.make_context(f"truetune {command}", list(words)).params)
+            values = dict(found.make_context(command, list(words), parent=above).params)
         except click.UsageError as error:
             problem = {"problem": error.format_message(), "command": f"truetune {command}"}
             raise UserError("usage", where=f"truetune {command}", fix="usage", **problem) from None

@@ -28,31 +28,37 @@ class Places:
 
         Raises: UserError if it is not below one of the roots: whether it exists is not told.
         """
+        found = self._inside(path)
+        if found is None:
+            raise UserError("studio_outside", where=path, fix="studio_outside", roots=", ".join(map(str, self.roots)))
+        return found
+
+    def _inside(self, path: str) -> Path | None:
         try:
             found = (self.home / Path(path).expanduser()).resolve()
         except (ValueError, RuntimeError, OSError):
             # A NUL, an unknown ~user, a loop of links.
-            found = Path("/")
-        if not any(found.is_relative_to(root) for root in self.roots):
-            raise UserError("studio_outside", where=path, fix="studio_outside", roots=", ".join(map(str, self.roots)))
-        return found
+            return None
+        return found if any(found.is_relative_to(root) for root in self.roots) else None
 
     def listing(self, path: str) -> dict[str, Any]:
-        """Return the folders and files of a folder, hidden ones left out; without a path, of home.
+        """Return the folders and files of a folder, without hidden ones and links that lead out; by default, of home.
 
         Raises: UserError if it is outside the roots, or no folder.
         """
         folder = self.inside(path or ".")
         if not folder.is_dir():
             raise UserError("no_folder", where=path, fix="no_folder", folder=path)
-        folders, files = [], []
+        folders: list[str] = []
+        files: list[dict[str, Any]] = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name.lower())[:MAX_LISTED]:
-            if entry.name.startswith("."):
+            path = self._inside(entry.path)
+            if entry.name.startswith(".") or path is None:
                 continue
-            if entry.is_dir():
+            if path.is_dir():
                 folders.append(entry.name)
-            elif entry.is_file():
-                files.append({"name": entry.name, "bytes": entry.stat().st_size})
+            elif path.is_file():
+                files.append({"name": entry.name, "bytes": path.stat().st_size})
         parent = str(folder.parent) if any(folder.parent.is_relative_to(root) for root in self.roots) else None
         others = [str(root) for root in self.roots[1:]] if folder == self.home else []
         return {"path": str(folder), "parent": parent, "folders": [*folders, *others], "files": files}

@@ -16,7 +16,7 @@ from truetune.disk import read_manifest
 from truetune.errors import TruetuneError, UserError
 from truetune.lock import owner_of
 from truetune.report import CARD, PAGE
-from truetune.rundir import RunDir, list_runs
+from truetune.rundir import RunDir
 from truetune.studio.series import KEYS, EventLog, thinned
 
 KILLED = "killed"
@@ -34,7 +34,7 @@ class Runs:
         """Return the runs by name, newest first; of two with one name the second is called NAME~2."""
         found: dict[str, RunDir] = {}
         for folder in [place for root in self._roots for place in (root / "runs", root)]:
-            for run in reversed(list_runs(folder)):
+            for run in _found(folder):
                 numbered = (run.path.name if n == 1 else f"{run.path.name}~{n}" for n in range(1, 1000))
                 if run.path not in [other.path for other in found.values()]:
                     found[next(name for name in numbered if name not in found)] = run
@@ -60,7 +60,7 @@ class Runs:
 
     def summary(self, name: str, run: RunDir) -> dict[str, Any]:
         """Return name, state, data, model, steps and losses of a run. Held-out losses: before, after, lowest."""
-        info, log = run.read_info(), self.log(run)
+        info, log = _info(run), self.log(run)
         losses, steps = log.column("loss"), log.column("step")
         held_out = _held_out(log)
         return {
@@ -86,7 +86,7 @@ class Runs:
         held_out = _held_out(log)
         return {
             **self.summary(name, run),
-            "info": run.read_info(),
+            "info": _info(run),
             "config": _config(run.config),
             "checkpoints": [one | {"eval_loss": held_out.get(one["step"])} for one in _checkpoints(run.checkpoints)],
             "report": _json(run.path / CARD),
@@ -141,6 +141,20 @@ class Runs:
         if owner is None or not isinstance(owner["pid"], int) or owner["host"] != os.uname().nodename:
             raise UserError("studio_not_running", where=name, fix="studio_not_running")
         os.kill(owner["pid"], signal.SIGINT)
+
+
+def _found(folder: Path) -> list[RunDir]:
+    """Return the runs of a folder, newest first."""
+    runs = [RunDir(path.parent) for path in folder.glob("*/run.json")]
+    return sorted(runs, key=lambda run: (str(_info(run).get("started")), run.path.name), reverse=True)
+
+
+def _info(run: RunDir) -> dict[str, Any]:
+    """Return run.json; of one that cannot be read, that. The other runs are shown all the same."""
+    try:
+        return run.read_info()
+    except (OSError, ValueError) as error:
+        return {"state": "failed", "error": f"{run.run_json.name}: {error}"}
 
 
 def state_of(run: RunDir, info: dict[str, Any]) -> str:
