@@ -108,7 +108,7 @@ def test_train_has_an_option_for_every_key(capsys: Capture) -> None:
 def test_check_has_options_for_the_keys_that_change_its_numbers() -> None:
     assert set(KEYS) <= set(Config.model_fields)
     found = {param.name for param in params("check")}
-    assert found == {*KEYS, "data", "show", "json_file", "html_file", "config_file", "measure"}
+    assert found == {*KEYS, "data", "show", "json_file", "html_file", "store", "config_file", "measure"}
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "truetune"
+HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"}
 MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report")},
+    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -125,6 +126,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.schema": {"records"},
     "serve.replies": {"serve.sampler", "serve.text", "serve.worker"},
     "serve.guard": {"errors", "messages", "serve.schema"},
+    "serve.listen": {"errors", "serve.guard"},
     "serve.app": {"errors", "data.jinja", "data.template", "use", "serve.*"},
     "serve.running": {"errors", "messages", "use", "serve.*"},
     "serve.vllm": {"errors", "data.template", "use"},
@@ -141,6 +143,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export.hub": {"errors"},
     "export.proven": {"disk", "drift", "errors", "export.*", "identity", "merge", "model", "source"},
     "export.adapter": {"disk", "errors", "export.*", "merge", "model", "source"},
+    "studio": set(),
+    "studio.keeper": set(),
+    "studio.series": set(),
+    "studio.runs": {"config", "disk", "errors", "lock", "report", "rundir", "studio.series"},
+    "studio.rows": {"config", "data.store", "disk", "errors", "records"},
+    "studio.live": {"disk", "rundir", "studio.runs"},
+    "studio.places": {"disk", "errors"},
+    "studio.fields": {"config", "errors", "messages"},
+    "studio.jobs": {"cli", "disk", "errors", "rundir", "studio.places"},
+    "studio.talk": {"disk", "errors", "rundir", "studio.fields", "studio.places", "studio.rows"},
+    "studio.door": {"disk", "messages", "serve.guard", "serve.schema"},
+    "studio.app": {"disk", "errors", "messages", "report", "serve.guard", "studio.*"},
+    "studio.running": {"config", "errors", "serve.guard", "serve.listen", "studio.*"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
     "": {"config", "console", "records", "report", "rundir", "preflight", "training", "use"},
@@ -213,6 +228,22 @@ def check_imports(trees: dict[str, ast.AST]) -> Iterator[str]:
         path = find_cycle(graph, module)
         if path:
             yield f"{module}: imports: cycle {' -> '.join(path)}"
+
+
+def check_light(trees: dict[str, ast.AST]) -> Iterator[str]:
+    """Yield modules that the studio reaches, at import or later, and that load torch: a crash there would end it."""
+    reached, waiting = set(), [module for module in trees if module.split(".")[0] == "studio"]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached:
+            reached.add(module)
+            waiting += [target for _, target in imports(trees[module], set(trees)) if target in trees]
+    for module in sorted(reached):
+        for node in ast.walk(trees[module]):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if HEAVY & {name.split(".")[0] for name in names}:
+                yield f"{module}:{getattr(node, 'lineno', 0)}: light: the studio reaches this, and it imports torch"
 
 
 def find_cycle(graph: dict[str, set[str]], start: str) -> list[str]:
@@ -356,7 +387,7 @@ def violations() -> list[str]:
     """Return every violation in the code base."""
     paths = modules()
     trees: dict[str, ast.AST] = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
-    found = [*check_imports(trees), *check_homes(paths), *check_test_files(paths), *check_readme_tree(paths)]
+    found = [*check_imports(trees), *check_light(trees), *check_homes(paths), *check_test_files(paths), *check_readme_tree(paths)]
     for module, path in paths.items():
         name = path.relative_to(PACKAGE).as_posix()
         found += [*check_shape(name, path, trees[module]), *check_errors(name, trees[module])]

@@ -20,7 +20,7 @@ from truetune.messages import text
 
 COMMANDS = (
     *("train", "check", "chat", "compare", "eval", "serve", "merge", "export"),
-    *("runs", "verify", "env", "demo"),
+    *("studio", "runs", "verify", "env", "demo"),
 )
 
 

@@ -298,6 +298,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "truetune"
 
 
+def examples_folder() -> Path:
+    """Return the folder of the bundled examples: inside the installed package, or at the top of a checkout.
+
+    Raises: UserError if it is not there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "examples", package.parents[1] / "examples"):
+        if (folder / "lighthouse.json").is_file():
+            return folder
+    raise UserError("examples_missing", where=str(package), fix="examples_missing")
+
+
 def hand_down(name: str, value: str, *, is_default: bool = False) -> None:
     """Set a variable for a library loaded later or a program that takes over. `is_default`: the user's own wins."""
     if not is_default or name not in os.environ:

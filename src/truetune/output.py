@@ -31,11 +31,19 @@ def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
     write_atomic(run.config, dump(settings.config))
     if damage(run.data) is None and read_manifest(run.data)["data"] == prepared.data_hash:
         return
-    with staged(run.data, data=prepared.data_hash) as folder:
+    write_data(run.data, flight, max_length=settings.config.max_length)
+
+
+def write_data(target: Path, flight: Preflight, *, max_length: int) -> None:
+    """Write the prepared rows as a folder; its manifest says where the tokenizer lies that can read them."""
+    prepared, tokenizer = flight.prepared, (flight.base.folder / "tokenizer.json").absolute()
+    with staged(target, data=prepared.data_hash, tokenizer=str(tokenizer), max_length=max_length) as folder:
         prepared.train.write(folder / "train.arrow")
         prepared.held_out.write(folder / "eval.arrow")
         refused = [{"where": row.where, "reason": row.reason, "fix": row.fix} for row in prepared.report.refused]
         write_atomic(folder / "refused.jsonl", "".join(to_json(row) + "\n" for row in refused))
+        if not tokenizer.is_file():
+            flight.renderer.save_tokenizer(folder)
 
 
 def _info(run: RunDir, settings: Settings, flight: Preflight) -> dict[str, Any]:

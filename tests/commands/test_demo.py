@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from truetune.commands.demo import QUESTIONS, demo_settings, examples_folder, is_learned
+from truetune.commands.demo import QUESTIONS, demo_settings, is_learned
+from truetune.config import examples_folder
 
 MIN_LEARNED, MIN_LOSS_FALL = 6, 0.25
 

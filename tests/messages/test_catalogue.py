@@ -168,9 +168,36 @@ def test_every_message_gives_what_its_text_needs() -> None:
     assert checked > 50
 
 
+def page_strings() -> set[str]:
+    """Every string in the modules of the studio's page: "key" or `start_${...}`, the latter with its underscore."""
+    files = [path for path in (SOURCE / "studio" / "static").rglob("*.js") if path.parent.name != "vendor"]
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    return set(re.findall(r'"([a-z0-9_]+)"', code)) | set(re.findall(r"\bt\(`([a-z]+_)\$", code))
+
+
+def page_keys() -> set[str]:
+    """Every key that the page asks for by its whole name."""
+    files = [path for path in (SOURCE / "studio" / "static").rglob("*.js") if path.parent.name != "vendor"]
+    found = [re.findall(r'\bt\("([a-z0-9_]+)"', path.read_text(encoding="utf-8")) for path in files]
+    return {f"studio.{key}" for keys in found for key in keys}
+
+
+def test_every_text_the_page_asks_for_is_in_the_catalogue() -> None:
+    found = page_keys()
+    assert found - set(ENGLISH) == set()
+    assert len(found) > 120
+
+
 def test_no_text_is_dead() -> None:
     known = strings()
     used = key_literals()
+    on_page = page_strings()
+    starts = {start for start in on_page if start.endswith("_")}
+    for key in (key for key in ENGLISH if key.startswith("studio.")):
+        name = key.removeprefix("studio.")
+        start, rest = name[: name.find("_") + 1], name[name.find("_") + 1 :]
+        if name in on_page or (start in starts and rest in on_page | known):
+            used.add(key)
     used |= {key for _, _, keys in fault_keys() for key in keys}
     # A fix that is chosen first and handed on by name.
     used |= {key for key in ENGLISH if key.startswith("fix.") and key.removeprefix("fix.") in known}

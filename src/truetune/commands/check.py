@@ -50,11 +50,10 @@ def command(lang: str) -> click.Command:
         data: tuple[str, ...],
         config_file: str | None,
         show: str | None,
-        json_file: str | None,
-        html_file: str | None,
         measure: bool,
         **values: Any,
     ) -> int:
+        json_file, html_file, store = (values.pop(name) for name in ("json_file", "html_file", "store"))
         settings = resolve(given(values, data), Path(config_file) if config_file else None)
         from truetune.console import Console
         from truetune.preflight import preflight, require_usable, show_refused, show_report
@@ -73,6 +72,10 @@ def command(lang: str) -> click.Command:
             facts |= _measure(settings, flight, console)
         if json_file:
             write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
+        if store:
+            from truetune.output import write_data
+
+            write_data(Path(store).expanduser(), flight, max_length=settings.config.max_length)
         if html_file:
             from truetune.page import write_page
 
@@ -89,6 +92,7 @@ def command(lang: str) -> click.Command:
             click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
             click.Option(["--html", "html_file"], metavar="FILE", help=text("help.html", lang)),
+            click.Option(["--store"], metavar="FOLDER", help=text("help.store", lang)),
             *config_options(lang, KEYS),
         ],
     )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from truetune import report
-from truetune.config import Settings, resolve
-from truetune.errors import UserError
+from truetune.config import Settings, examples_folder, resolve
 from truetune.messages import text
 
 if TYPE_CHECKING:
@@ -82,15 +81,6 @@ def demo_model() -> str:
         if path.is_file():
             return str(path)
     return HUB_MODEL
-
-
-def examples_folder() -> Path:
-    """Return the folder of the bundled examples: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "examples", package.parents[1] / "examples"):
-        if (folder / "lighthouse.json").is_file():
-            return folder
-    raise UserError("examples_missing", where=str(package), fix="examples_missing")
 
 
 def is_learned(answer: str, fact: str) -> bool:

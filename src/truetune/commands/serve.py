@@ -55,7 +55,8 @@ def _serve(
     _need_packages()
     # oneDNN keeps 1,024 compiled products, 130 KB each; a server meets that many shapes.
     hand_down("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256", is_default=True)
-    from truetune.serve.running import bind, make_service, serve
+    from truetune.serve.listen import bind
+    from truetune.serve.running import make_service, serve
     from truetune.use import find_voices, load_voices
 
     token = _token(host, token_file)

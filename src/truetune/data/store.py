@@ -20,6 +20,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from truetune.records import Pair, Row
 
@@ -271,6 +272,21 @@ class StoredRows(Sequence[Row]):
         """Return a column that each row has once."""
         found: np.ndarray = self._file.column(name)[self._file.starts[self.numbers]]
         return found
+
+    def matching(self, text: str) -> np.ndarray:
+        """Return the numbers of the rows whose place or last turns hold a text, its case ignored."""
+        # The turns are stored as JSON, so the text is looked for as JSON writes it.
+        quoted = json.dumps(text, ensure_ascii=False)[1:-1]
+        found = [
+            pc.or_(
+                pc.match_substring(batch.batch["turns"].fill_null(""), quoted, ignore_case=True),
+                pc.match_substring(batch.batch["where"].fill_null(""), text, ignore_case=True),
+            ).to_numpy(zero_copy_only=False)
+            for batch in self._file.batches
+        ]
+        is_found = np.concatenate(found) if found else np.zeros(0, bool)
+        numbers: np.ndarray = self.numbers[is_found[self._file.starts[self.numbers]]]
+        return numbers
 
     def highest_id(self) -> int:
         """Return the highest token id of the file, -1 if it has none."""

@@ -109,6 +109,9 @@ def create_app(service: Service) -> FastAPI:
     async def complete(request: Request) -> Response:
         return await _answered(service, request, TextRequest)
 
+    async def tokenize(request: Request) -> Response:
+        return await _tokenized(service, request)
+
     async def models() -> Response:
         made = int(service.started)
         data = [{"id": name, "object": "model", "created": made, "owned_by": "truetune"} for name in service.voices]
@@ -129,6 +132,7 @@ def create_app(service: Service) -> FastAPI:
 
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_api_route("/v1/completions", complete, methods=["POST"])
+    app.add_api_route("/tokenize", tokenize, methods=["POST"])
     app.add_api_route("/v1/models", models, methods=["GET", "HEAD"])
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET", "HEAD"])
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
@@ -184,6 +188,15 @@ async def _answered(service: Service, request: Request, kind: type[ChatRequest] 
     if ask.stream:
         return _Stream(answer)
     return await answer.whole(request.receive)
+
+
+async def _tokenized(service: Service, request: Request) -> Response:
+    """Return the ids of a chat request's prompt, in the words of vLLM's /tokenize."""
+    ask = schema.parse(ChatRequest, request.scope[BODY])
+    service.voice(ask.model)
+    loop = asyncio.get_running_loop()
+    (ids,), _ = await loop.run_in_executor(service.renderers, _read, service, ask)
+    return JSONResponse({"count": len(ids), "max_model_len": service.context, "tokens": ids})
 
 
 def _read(service: Service, ask: ChatRequest | TextRequest) -> tuple[list[list[int]], Callable[[], ReplyReader | None]]:

@@ -79,16 +79,16 @@ class Guard:
 
     async def _pass_on(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         try:
-            self._check(scope, _headers(scope))
+            self._check(scope, headers_of(scope))
             if scope["method"] == "POST":
                 if self._num_open > MAX_OPEN:
                     raise Refused("busy", status=429, code="busy")
-                scope[BODY] = await _read_body(_headers(scope), receive)
+                scope[BODY] = await read_body(headers_of(scope), receive)
         except Refused as error:
             # What is left of the body is not read: the connection ends.
             await respond(send, error, self._lang, close=True)
             return
-        except _Gone:
+        except Gone:
             return
 
         async def send_in_time(message: dict[str, Any]) -> None:
@@ -98,12 +98,7 @@ class Guard:
         await self._app(scope, receive, send_in_time)
 
     def _check(self, scope: dict[str, Any], headers: dict[str, str]) -> None:
-        host = _name(headers.get("host", ""))
-        if self._token is None and host not in LOOPBACK:
-            raise Refused("host", status=403, code="host", host=host)
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            raise Refused("origin", status=403, code="origin")
+        check_place(headers, is_local=self._token is None)
         if self._token is not None and scope["path"] != "/health":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             is_same = hmac.compare_digest(given.strip().encode(), self._token.encode())
@@ -111,11 +106,22 @@ class Guard:
                 raise Refused("token", status=401, code="invalid_api_key")
 
 
-class _Gone(Exception):
+def check_place(headers: dict[str, str], *, is_local: bool) -> None:
+    """Raise Refused if another site's page asks, or, with `is_local`, if the name asked for is not this machine's."""
+    host = _name(headers.get("host", ""))
+    if is_local and host not in LOOPBACK:
+        raise Refused("host", status=403, code="host", host=host)
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise Refused("origin", status=403, code="origin")
+
+
+class Gone(Exception):
     """The client left before its body was there."""
 
 
-def _headers(scope: dict[str, Any]) -> dict[str, str]:
+def headers_of(scope: dict[str, Any]) -> dict[str, str]:
+    """Return the headers of a request, their names in lower case."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
@@ -131,12 +137,12 @@ def _name(host: str) -> str:
         return ""
 
 
-async def _read_body(headers: dict[str, str], receive: Receive) -> bytes:
+async def read_body(headers: dict[str, str], receive: Receive, *, kind: str = "application/json") -> bytes:
     """Return the body.
 
-    Raises: Refused if it is too large, too slow or not JSON.
+    Raises: Refused if it is too large, too slow or of another kind, Gone if the client left.
     """
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
         raise Refused("content_type", code="content_type")
     too_large = Refused("too_large", status=413, code="too_large", most=MAX_BODY_BYTES)
     if int(headers.get("content-length", "0")) > MAX_BODY_BYTES:
@@ -147,7 +153,7 @@ async def _read_body(headers: dict[str, str], receive: Receive) -> bytes:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
-                    raise _Gone
+                    raise Gone
                 body += message.get("body", b"")
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
 import torch
-import uvicorn
 
-from truetune.errors import MachineError, UserError
+from truetune.errors import UserError
 from truetune.messages import text
 from truetune.serve.app import Service, create_app
 from truetune.serve.cache import FULL, SLIDING, layer_kinds
-from truetune.serve.guard import Guard, TimedProtocol
+from truetune.serve.guard import Guard
+from truetune.serve.listen import Listener
 from truetune.serve.worker import Worker
 from truetune.use import Voice
 
@@ -30,31 +25,6 @@ MAX_ROWS = {"cpu": 16, "cuda": 64}
 WAITING_PER_ROW = 8
 CACHE_SHARE = 0.5
 """Of the memory that is free at the start, for keys and values."""
-BACKLOG = 1024
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound, so that a port in use is found before anything is loaded.
-
-    Raises: MachineError if the port is in use, UserError if there is no such address.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with ExitStack() as stack:
-            bound = stack.enter_context(socket.socket(family, kind, protocol))
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-            stack.pop_all()
-    except socket.gaierror as error:
-        raise UserError("serve_address", where=host, fix="serve_address", problem=error.strerror) from None
-    except OSError as error:
-        place = f"{host}:{port}"
-        if error.errno == errno.EADDRINUSE:
-            raise MachineError("port_in_use", where=place, fix="port_other", port=port) from None
-        if error.errno == errno.EACCES:
-            raise MachineError("port_forbidden", where=place, fix="port_other", port=port) from None
-        raise UserError("serve_address", where=host, fix="serve_address", problem=error.strerror) from None
-    return bound
 
 
 def make_service(model: Any, voices: Sequence[Voice], *, lang: str, log: Callable[..., None]) -> Service:
@@ -108,58 +78,19 @@ class Selector:
             self._current = adapter
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server. `signal_number`: what ended it."""
+class Server(Listener):
+    """Listens for a service, and ends its worker when it ends."""
 
     def __init__(self, service: Service, *, token: str | None, on_ready: Callable[[], None]) -> None:
         app = Guard(create_app(service), token=token, lang=service.lang)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=TimedProtocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="critical",
-                access_log=False,
-                server_header=False,
-                headers=[("X-Content-Type-Options", "nosniff")],
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=int(GRACE_S) + 3,
-            )
-        )
-        self.signal_number: int | None = None
-        self._service, self._on_ready = service, on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and tell so."""
-        await super().startup(sockets)
-        self._on_ready()
+        super().__init__(app, on_ready=on_ready, shutdown_s=int(GRACE_S) + 3)
+        self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests; answers that are not done after GRACE_S end with an error that says why."""
         closing = asyncio.ensure_future(self._close_worker())
         await super().shutdown(sockets)
         closing.cancel()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Note the signal; uvicorn would raise it again when all is done, and the exit code be another one."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Remember the first signal."""
-        self.signal_number = self.signal_number or sig
-        super().handle_exit(sig, frame)
 
     async def _close_worker(self) -> None:
         await asyncio.sleep(GRACE_S)
@@ -174,4 +105,4 @@ def serve(service: Service, *, bound: socket.socket, token: str | None, on_ready
         server.run(sockets=[bound])
     finally:
         service.worker.close(text("api.stopping", service.lang))
-    return 128 + (server.signal_number or 0) if server.signal_number else 0
+    return server.exit_code

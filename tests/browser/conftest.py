@@ -1,0 +1,174 @@
+"""A real studio, a real Chromium. Every page that a test opens must stay without errors and ask only this machine.
+
+TRUETUNE_SCREENSHOTS=docs/images writes the pictures that the documentation shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+HERE = Path(__file__).parent
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+SCREENSHOTS = os.environ.get("TRUETUNE_SCREENSHOTS")
+START_S = 30
+WIDTHS = {"desk": (1180, 860), "phone": (375, 812)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of this folder is marked `browser`, so that no other command runs it."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+
+
+@dataclass
+class Studio:
+    """A studio process in a home folder of its own."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where its page is."""
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        words = [sys.executable, "-m", "truetune", "--lang", "en", "studio", "--port", str(self.port), "--no-browser"]
+        with (self.home.parent / "studio.log").open("a") as log:
+            self.process = subprocess.Popen(words, cwd=self.home, stdout=log, stderr=subprocess.STDOUT, text=True)
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            try:
+                urllib.request.urlopen(self.url, timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, (self.home.parent / "studio.log").read_text()
+                time.sleep(0.1)
+        raise TimeoutError(self.url)
+
+    def kill(self) -> None:
+        """End it at once, as a power loss would; what it started goes on."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """A studio with an empty home folder."""
+    home = tmp_path_factory.mktemp("studio") / "home"
+    home.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    made = Studio(home, port)
+    made.start()
+    yield made
+    if made.process is not None:
+        made.process.terminate()
+        made.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not Path(CHROMIUM).is_file():
+        pytest.skip(f"no {CHROMIUM}: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Tab:
+    """A page, what went wrong on it, and whom it asked."""
+
+    page: Any
+    problems: list[str] = field(default_factory=list)
+    hosts: set[str | None] = field(default_factory=set)
+    num_requests: int = 0
+
+    def watch(self) -> None:
+        """Take down errors and requests."""
+        # What the server refuses is said on the page and by Chromium, too; everything else must not happen.
+        self.page.on("console", lambda said: self._said(said))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", self._asked)
+
+    def _said(self, said: Any) -> None:
+        if said.type in ("error", "warning"):
+            self.problems.append(f"{said.text} ({said.location.get('url')})")
+
+    def _asked(self, request: Any) -> None:
+        self.num_requests += 1
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("data", "blob"):
+            self.hosts.add(parts.hostname)
+
+    def shot(self, name: str, *, at: str = "header") -> None:
+        """Keep a picture, if asked to; `at`: what stands at its top."""
+        if SCREENSHOTS:
+            Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.locator(at).first.evaluate(
+                "element => scrollTo(0, element.getBoundingClientRect().top + scrollY - 16)"
+            )
+            self.page.wait_for_timeout(400)
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"studio-{name}.png")
+
+
+@pytest.fixture
+def open_tab(chromium: Any, studio: Studio) -> Iterator[Any]:
+    """Open pages: open_tab("runs", lang="zh", scheme="dark", width="phone"); all are looked at in the end."""
+    tabs: list[Tab] = []
+
+    def opened(at: str = "data", *, lang: str = "en", scheme: str = "light", width: str = "desk") -> Tab:
+        size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+        locale = "zh-CN" if lang == "zh" else "en-US"
+        context = chromium.new_context(viewport=size, color_scheme=scheme, locale=locale, reduced_motion="reduce")
+        context.set_default_timeout(20_000)
+        tab = Tab(context.new_page())
+        tab.watch()
+        tabs.append(tab)
+        tab.page.goto(f"{studio.url}#/{at}")
+        tab.page.locator("main h1, main .fault").first.wait_for()
+        return tab
+
+    yield opened
+    for tab in tabs:
+        tab.page.context.close()
+    assert [problem for tab in tabs for problem in tab.problems] == []
+    assert {host for tab in tabs for host in tab.hosts} <= {"127.0.0.1"}
+    assert not tabs or sum(tab.num_requests for tab in tabs) > 5
+
+
+def step_number(page: Any) -> int:
+    """The step that the run's page shows."""
+    told = page.locator(".tiles dd").first.inner_text()
+    return int(re.sub(r"\D", "", told.split("/")[0]) or 0)
+
+
+def until(page: Any, script: str, *, timeout_s: float = 240) -> None:
+    """Wait until a script is true. Playwright's own way evaluates a string in the page, which its policy forbids."""
+    end = time.monotonic() + timeout_s
+    while not page.evaluate(script):
+        assert time.monotonic() < end, f"{script}\n{page.locator('main').inner_text()}"
+        time.sleep(0.1)
