@@ -4,15 +4,15 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-faults test-llama check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving bench-serving install install-dev docs clean
+.PHONY: demo test test-faults test-llama test-browser check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving bench-serving install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
 	$(BIN)/truetune demo
 
 test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
-	$(BIN)/python -m pytest -n 2 -m "slow and not real and not faults and not llama"
-	$(BIN)/python -m pytest -m "real and not llama"
+	$(BIN)/python -m pytest -n 2 -m "slow and not real and not faults and not llama and not browser"
+	$(BIN)/python -m pytest -m "real and not llama and not browser"
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
@@ -22,6 +22,10 @@ test-llama: .venv/installed-dev ## exports in llama.cpp itself, built from sourc
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
 		CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" $(INSTALL) llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest -m llama
+
+test-browser: .venv/installed-dev ## the studio in Debian's Chromium (apt-get install chromium), from a dropped file to a saved answer
+	$(INSTALL) playwright
+	$(BIN)/python -m pytest -m browser
 
 check: lint fast ## format, lint, types, architecture, generated docs, fast tests
 
@@ -33,7 +37,7 @@ lint: .venv/installed-dev
 	$(BIN)/python tools/generate_docs.py --check
 
 fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not real and not llama" --doctest-modules src tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not real and not llama and not browser" --doctest-modules src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py

@@ -40,7 +40,7 @@ def survives(mutant: Mutant, repository: Path) -> bool:
         "-x",
         "-q",
         "-m",
-        "not slow and not real and not llama",
+        "not slow and not real and not llama and not browser",
         *mutant.tests.split(),
     ]
     try:
