@@ -587,6 +587,27 @@ MUTANTS = (
         "if False:",
         "tests/export/test_upload.py",
     ),
+    Mutant(
+        "the page writes markup",
+        "studio/static/parts/rows.js",
+        '<div class="content">${content}</div>',
+        '<div class="content" dangerouslySetInnerHTML=${{ __html: content }}></div>',
+        "tests/studio/test_static.py",
+    ),
+    Mutant(
+        "a text of the page that is nowhere",
+        "studio/static/pages/data.js",
+        't("data_title")',
+        't("data_titel")',
+        "tests/messages/test_catalogue.py",
+    ),
+    Mutant(
+        "a library of the page changed by hand",
+        "studio/static/vendor/htm.js",
+        "new Map",
+        "new  Map",
+        "tests/studio/test_static.py",
+    ),
 )
 
 

@@ -28,11 +28,13 @@ START_S = 30
 WIDTHS = {"desk": (1180, 860), "phone": (375, 812)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of this folder is marked `browser`, so that no other command runs it."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.browser)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All of this folder is marked `browser`, and runs only where that, or the folder itself, is asked for."""
+    is_asked = "browser" in config.option.markexpr or any("browser" in word for word in config.args)
+    for item in [item for item in items if HERE in item.path.parents]:
+        item.add_marker(pytest.mark.browser)
+        if not is_asked:
+            items.remove(item)
 
 
 @dataclass
