@@ -190,6 +190,16 @@ def test_a_long_run_draws_at_once(open_tab: Any, big_run: str) -> None:
     assert page.locator(".spikes button", has_text=f"{SPIKE:,}").count() == 1
 
 
+def test_merging_shows_the_command_and_how_far_the_result_is(open_tab: Any, run_name: str, studio: Studio) -> None:
+    page = open_tab(pages(run_name)["use"]).page
+    page.get_by_label("Write to").first.fill("runs/merged")
+    page.get_by_role("button", name="Merge", exact=True).click()
+    page.locator(".job .badge.done").wait_for(timeout=120_000)
+    assert "--output-dir runs/merged" in page.locator(".job .command code").inner_text()
+    assert CATALOGUES["en"]["merge.drift"].partition("{")[0] in page.locator("pre.log").inner_text()
+    assert (studio.home / "runs" / "merged" / "model.safetensors").is_file()
+
+
 def test_zooming_asks_for_the_steps_zoomed_to(open_tab: Any, big_run: str, run_name: str) -> None:
     page = open_tab(f"run/{big_run}").page
     over = page.locator(".chart .u-over").first
