@@ -387,7 +387,13 @@ def violations() -> list[str]:
     """Return every violation in the code base."""
     paths = modules()
     trees: dict[str, ast.AST] = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
-    found = [*check_imports(trees), *check_light(trees), *check_homes(paths), *check_test_files(paths), *check_readme_tree(paths)]
+    found = [
+        *check_imports(trees),
+        *check_light(trees),
+        *check_homes(paths),
+        *check_test_files(paths),
+        *check_readme_tree(paths),
+    ]
     for module, path in paths.items():
         name = path.relative_to(PACKAGE).as_posix()
         found += [*check_shape(name, path, trees[module]), *check_errors(name, trees[module])]

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from truetune.disk import to_json
 from truetune.errors import MachineError
 
 FILE = ".lock"
+LOOK_S = 0.03
 
 
 class RunLock:
@@ -30,7 +32,7 @@ class RunLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            if not _try(self._descriptor):
+            if not _try_again(self._descriptor):
                 os.close(self._descriptor)
                 raise _locked(self._path)
             if _is_at(self._path, self._descriptor):
@@ -82,6 +84,15 @@ def _try(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _try_again(descriptor: int) -> bool:
+    """Lock an open file; who only looks whether anybody writes (`owner_of`) holds it for a moment, too."""
+    for _ in range(3):
+        if _try(descriptor):
+            return True
+        time.sleep(LOOK_S)
+    return False
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

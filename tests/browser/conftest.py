@@ -28,11 +28,13 @@ START_S = 30
 WIDTHS = {"desk": (1180, 860), "phone": (375, 812)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of this folder is marked `browser`, so that no other command runs it."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.browser)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All of this folder is marked `browser`, and runs only where that, or the folder itself, is asked for."""
+    is_asked = "browser" in config.option.markexpr or any("browser" in word for word in config.args)
+    for item in [item for item in items if HERE in item.path.parents]:
+        item.add_marker(pytest.mark.browser)
+        if not is_asked:
+            items.remove(item)
 
 
 @dataclass
@@ -88,11 +90,10 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """Debian's Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not Path(CHROMIUM).is_file():
-        pytest.skip(f"no {CHROMIUM}: apt-get install chromium")
-    with api.sync_playwright() as playwright:
+    """Debian's Chromium. Without it (`apt-get install chromium`), or without Playwright, these tests fail."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -15,7 +15,9 @@ import pytest
 from tests.browser.conftest import WIDTHS, Studio, until
 from truetune.cli import run as truetune
 from truetune.config import Config
+from truetune.data.store import StoredRows
 from truetune.messages import CATALOGUES
+from truetune.rundir import RunDir
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 SERIOUS = ("serious", "critical")
@@ -96,6 +98,30 @@ def test_axe_notices_a_planted_fault(open_tab: Any) -> None:
     assert "image-alt" in [broken["id"] for broken in page.evaluate("axe.run()")["violations"]]
 
 
+def test_the_mask_is_the_one_that_trains(open_tab: Any, studio: Studio, run_name: str) -> None:
+    page = open_tab(f"{pages(run_name)['curves']}").page
+    page.get_by_label("Rows of step").fill("2")
+    page.get_by_role("button", name="Show").click()
+    page.get_by_role("button", name="Tokens", exact=True).click()
+    page.get_by_label("token ids").check()
+    run = RunDir(studio.home / "runs" / run_name)
+    numbers = next(
+        step["rows"]
+        for step in map(json.loads, (run.path / "steps.jsonl").read_text(encoding="utf-8").splitlines())
+        if step["step"] == 2
+    )
+    stored = {row.index: row for row in StoredRows(run.data / "train.arrow")}
+    shown = page.locator(".step-rows article.row")
+    assert shown.count() == len(numbers) == 8
+    for at, number in enumerate(numbers):
+        pair = stored[number].pairs[0]
+        ids = {
+            kind: [int(text) for text in shown.nth(at).locator(f".token.{kind} sub").all_inner_texts()]
+            for kind in ("prompt", "learned")
+        }
+        assert ids == {"prompt": list(pair.prompt_ids), "learned": list(pair.answer_ids)}
+
+
 def test_markup_in_rows_answers_and_names_shows_as_text(open_tab: Any, run_name: str) -> None:
     tab = open_tab("runs")
     page = tab.page
@@ -162,6 +188,16 @@ def test_a_long_run_draws_at_once(open_tab: Any, big_run: str) -> None:
     assert min(times) < DRAW_MS
     # The one step in 100,000 that stands out is found, and leads to its rows.
     assert page.locator(".spikes button", has_text=f"{SPIKE:,}").count() == 1
+
+
+def test_merging_shows_the_command_and_how_far_the_result_is(open_tab: Any, run_name: str, studio: Studio) -> None:
+    page = open_tab(pages(run_name)["use"]).page
+    page.get_by_label("Write to").first.fill("runs/merged")
+    page.get_by_role("button", name="Merge", exact=True).click()
+    page.locator(".job .badge.done").wait_for(timeout=120_000)
+    assert "--output-dir runs/merged" in page.locator(".job .command code").inner_text()
+    assert CATALOGUES["en"]["merge.drift"].partition("{")[0] in page.locator("pre.log").inner_text()
+    assert (studio.home / "runs" / "merged" / "model.safetensors").is_file()
 
 
 def test_zooming_asks_for_the_steps_zoomed_to(open_tab: Any, big_run: str, run_name: str) -> None:

@@ -71,7 +71,8 @@ def tiny_runs(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 @pytest.fixture(scope="session")
 def start(tiny_runs: list[Path]) -> Iterator[Callable[..., Running]]:
     """Start servers; they end with the tests."""
-    from truetune.serve.running import Server, bind, make_service
+    from truetune.serve.listen import bind
+    from truetune.serve.running import Server, make_service
     from truetune.use import find_voices, load_voices
 
     ends: list[Callable[[], None]] = []

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from truetune.errors import MachineError, UserError
-from truetune.serve.running import Selector, bind, make_service, max_cached_tokens
+from truetune.serve.listen import bind
+from truetune.serve.running import Selector, make_service, max_cached_tokens
 
 ASK = {"model": "one", "messages": [{"role": "user", "content": "Hi"}]}
 

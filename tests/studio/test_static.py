@@ -1,4 +1,4 @@
-"""The page's files: libraries as npm shipped them, no markup from strings, nothing from elsewhere, every import there."""
+"""The page's files: libraries as npm shipped them, no markup from strings, nothing from elsewhere, no import lost."""
 
 from __future__ import annotations
 

@@ -52,13 +52,13 @@ class Places:
         folders: list[str] = []
         files: list[dict[str, Any]] = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name.lower())[:MAX_LISTED]:
-            path = self._inside(entry.path)
-            if entry.name.startswith(".") or path is None:
+            target = self._inside(entry.path)
+            if entry.name.startswith(".") or target is None:
                 continue
-            if path.is_dir():
+            if target.is_dir():
                 folders.append(entry.name)
-            elif path.is_file():
-                files.append({"name": entry.name, "bytes": path.stat().st_size})
+            elif target.is_file():
+                files.append({"name": entry.name, "bytes": target.stat().st_size})
         parent = str(folder.parent) if any(folder.parent.is_relative_to(root) for root in self.roots) else None
         others = [str(root) for root in self.roots[1:]] if folder == self.home else []
         return {"path": str(folder), "parent": parent, "folders": [*folders, *others], "files": files}

@@ -61,7 +61,8 @@ class Runs:
     def summary(self, name: str, run: RunDir) -> dict[str, Any]:
         """Return name, state, data, model, steps and losses of a run. Held-out losses: before, after, lowest."""
         info, log = _info(run), self.log(run)
-        losses, steps = log.column("loss"), log.column("step")
+        found = log.columns()
+        losses, steps = found["loss"], found["step"]
         held_out = _held_out(log)
         return {
             "name": name,
@@ -83,7 +84,7 @@ class Runs:
         """Return all that a run's folder holds about it, but its curves and rows."""
         run = self.run(name)
         log = self.log(run)
-        held_out = _held_out(log)
+        held_out, found = _held_out(log), log.columns()
         return {
             **self.summary(name, run),
             "info": _info(run),
@@ -93,7 +94,7 @@ class Runs:
             "has_report_page": (run.path / PAGE).is_file(),
             "store": str(run.data),
             "events": [event for event in log.others if event.get("kind") not in ("sample", "eval")],
-            "keys": [key for key in KEYS if not np.isnan(log.column(key)).all()],
+            "keys": [key for key in KEYS if not np.isnan(found[key]).all()],
         }
 
     def samples(self, name: str) -> list[dict[str, Any]]:
@@ -109,10 +110,11 @@ class Runs:
             if key not in KEYS:
                 raise UserError("studio_key", where=key, fix="studio_key", known=", ".join(KEYS))
         log = self.log(self.run(name))
-        steps = log.column("step")
+        found = log.columns()
+        steps = found["step"]
         start = int(np.searchsorted(steps, first))
         stop = len(steps) if last is None else int(np.searchsorted(steps, last, side="right"))
-        columns = {key: log.column(key)[start:stop] for key in keys}
+        columns = {key: found[key][start:stop] for key in keys}
         places = thinned(list(columns.values()), min(points, MAX_POINTS)) if columns else np.zeros(0, np.int64)
         return {
             "step": steps[start:stop][places].tolist(),
@@ -127,12 +129,12 @@ class Runs:
         Raises: UserError if the step was not taken.
         """
         run = self.run(name)
-        log = self.log(run)
-        at = int(np.searchsorted(log.column("step"), step))
-        row_ids = _row_ids(run.steps, step)
-        if at >= len(log.column("step")) or log.column("step")[at] != step or row_ids is None:
-            raise UserError("studio_step", where=f"{name}, {step}", fix="studio_step", count=len(log.column("step")))
-        event = {key: _plain(log.column(key)[at : at + 1])[0] for key in KEYS}
+        found = self.log(run).columns()
+        steps, row_ids = found["step"], _row_ids(run.steps, step)
+        at = int(np.searchsorted(steps, step))
+        if at >= len(steps) or steps[at] != step or row_ids is None:
+            raise UserError("studio_step", where=f"{name}, {step}", fix="studio_step", count=len(steps))
+        event = {key: _plain(found[key][at : at + 1])[0] for key in KEYS}
         return run, {"kind": "step", "step": step, **event}, row_ids
 
     def stop(self, name: str) -> None:

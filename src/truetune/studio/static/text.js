@@ -49,7 +49,7 @@ export function bytes(value) {
 
 export function duration(seconds) {
   if (seconds == null || !Number.isFinite(seconds)) return "–";
-  if (seconds < 1) return t("time_s", { s: number(seconds, 2) });
+  if (seconds < 60) return t("time_s", { s: number(seconds, 2) });
   const all = Math.round(seconds);
   const [h, m, s] = [Math.floor(all / 3600), Math.floor((all % 3600) / 60), all % 60];
   if (h) return t("time_hm", { h, m });
