@@ -22,7 +22,7 @@ class Server(Listener):
     """Listens for a studio, and ends the server that it talks to when it ends."""
 
     def __init__(self, studio: Studio, *, token: str | None, on_ready: Callable[[], None]) -> None:
-        secret = read_token(cache_dir() / "page.secret")
+        secret = read_token(cache_dir() / "studio-cookie")
         door = Door(create_app(studio), secret=secret, token=token, lang=studio.lang)
         super().__init__(door, on_ready=on_ready, shutdown_s=SHUTDOWN_S)
         self._studio = studio
