@@ -14,8 +14,8 @@ from truetune.cli import run
 ROOT = Path(__file__).resolve().parents[1]
 LARGE_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 # Run by .ci/run and by hand, since they install: make demo, pip install.
-# A server does not end; it is run in tests/serve.
-NOT_RUN_HERE = {"make demo", "pip install -c constraints.txt .", "truetune serve RUN"}
+# Servers do not end; they are run in tests/serve and tests/studio.
+NOT_RUN_HERE = {"make demo", "pip install -c constraints.txt .", "truetune serve RUN", "truetune studio"}
 
 
 def commands_of(name: str) -> list[str]:
