@@ -639,7 +639,7 @@ MUTANTS = (
     Mutant(
         "studio: half a line read",
         "studio/series.py",
-        'data = data[: data.rfind(b"\n") + 1]',
+        'data = data[: data.rfind(b"\\n") + 1]',
         "data = bytes(data)",
         "tests/studio/test_series.py",
     ),
