@@ -39,6 +39,18 @@ def running(open_tab: Any, studio: Studio, tiny_qwen: Path) -> tuple[Any, Path]:
     return tab, studio.home / "runs" / tab.page.url.rpartition("/")[2]
 
 
+def test_what_is_typed_stays_while_the_curve_moves(running: tuple[Any, Path]) -> None:
+    tab, _ = running
+    page = tab.page
+    page.get_by_label("Rows of step").fill("3")
+    until(page, f"{AT_LEAST} {step_number(page) + 4}")
+    assert page.get_by_label("Rows of step").input_value() == "3"
+    page.get_by_role("button", name="Show").click()
+    page.get_by_role("heading", name="Rows of step 3", exact=True).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".badge.stopped").wait_for(timeout=60_000)
+
+
 def test_a_killed_training_process_is_seen_and_resumed(running: tuple[Any, Path]) -> None:
     tab, run = running
     page = tab.page

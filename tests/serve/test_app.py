@@ -576,3 +576,16 @@ def test_logs_hold_no_texts(served: Any) -> None:
     told = served.logs[-1]
     assert set(told) == {"status", "read", "made", "seconds"}
     assert "secret" not in str(served.logs)
+
+
+def test_tokenize_gives_the_ids_that_an_answer_is_made_of(served: Any) -> None:
+    """In vLLM's words; the same ids as the renderer's own, and the same count as a reply's usage."""
+    messages = [{"role": "user", "content": "Number 3 🙂 <|im_end|>"}]
+    address = served.url.removesuffix("/v1") + "/tokenize"
+    for name, voice in served.service.voices.items():
+        told = served.client.post(address, json={"model": name, "messages": messages}).json()
+        assert told["tokens"] == voice.renderer.prompt_ids(messages)
+        assert told["count"] == served.post(model=name, messages=messages).json()["usage"]["prompt_tokens"]
+    assert len(served.service.voices) == 3
+    for body in ({"model": "none", "messages": messages}, {"model": "one"}, {"model": "one", "messages": []}):
+        assert served.client.post(address, json=body).status_code in (400, 404)

@@ -52,6 +52,13 @@ export function Choice({ label, options, value, onChange }) {
     <button key=${name} type="button" aria-pressed=${value === name} onClick=${() => onChange(name)}>${text}</button>`)}</div>`;
 }
 
+// What is typed stays while the page is drawn anew, until `value` itself changes.
+export function NumberInput({ value, ...rest }) {
+  const [typed, setTyped] = useState(value);
+  useEffect(() => setTyped(value), [value]);
+  return html`<input type="number" ...${rest} value=${typed} onInput=${(event) => setTyped(event.target.value)} />`;
+}
+
 export function Pager({ start, count, total, onStart }) {
   if (total <= count) return null;
   const last = Math.floor((total - 1) / count) * count;
@@ -59,7 +66,7 @@ export function Pager({ start, count, total, onStart }) {
   return html`<nav class="pager" aria-label=${t("pager")}>
     <button type="button" disabled=${start <= 0} aria-label=${t("first")} onClick=${() => go(0)}>«</button>
     <button type="button" disabled=${start <= 0} onClick=${() => go(start - count)}>${t("previous")}</button>
-    <label>${t("row")} <input type="number" min="1" max=${total} value=${start + 1}
+    <label>${t("row")} <${NumberInput} min="1" max=${total} value=${start + 1}
       onChange=${(event) => go(Math.floor((Number(event.target.value) - 1) / count) * count)} /></label>
     <span class="soft">${t("of", { total: whole(total) })}</span>
     <button type="button" disabled=${start >= last} onClick=${() => go(start + count)}>${t("next")}</button>

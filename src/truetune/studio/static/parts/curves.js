@@ -1,7 +1,7 @@
 // Loss and held-out loss, other runs over them, the smaller curves below, and the steps that stand out.
 import { html, useEffect, useMemo, useState } from "../html.js";
 import { bytes, number, t, whole } from "../text.js";
-import { Fault, useAsked } from "./basics.js";
+import { Fault, NumberInput, useAsked } from "./basics.js";
 import { Chart } from "./chart.js";
 import { askLoss } from "./series.js";
 
@@ -23,7 +23,7 @@ export function Curves({ name, series, range, onZoom, step, onPick, children }) 
     <${Chart} lines=${all} label=${t("curve_label")} height=${320} onZoom=${onZoom} onPick=${(at) => at >= 1 && onPick(at)} />
     <div class="curve-bar">
       <form class="inline" onSubmit=${(event) => { event.preventDefault(); onPick(Number(new FormData(event.target).get("step"))); }}>
-        <label>${t("rows_of")} <input type="number" name="step" min="1" max=${series.step.at(-1)} required value=${step ?? ""} /></label><button>${t("show")}</button></form>
+        <label>${t("rows_of")} <${NumberInput} name="step" min="1" max=${series.step.at(-1)} required value=${step ?? ""} /></label><button>${t("show")}</button></form>
       ${spikes.length > 0 && html`<span class="spikes">${t("spikes")} ${spikes.map(([at, loss]) => html`<button key=${at} type="button" class="chip" aria-pressed=${step === at} onClick=${() => onPick(at)}>${whole(at)} <span class="soft">${number(loss, 3)}</span></button>`)}</span>`}
       ${range && html`<button type="button" onClick=${() => onZoom(null)}>${t("zoom_out")}</button>`}
       ${rest.length > 0 && html`<label>${t("overlay")} <select value="" onChange=${(event) => setOthers([...others, event.target.value])}>
