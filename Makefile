@@ -24,8 +24,8 @@ test-llama: .venv/installed-dev ## exports in llama.cpp itself, built from sourc
 	$(BIN)/python -m pytest -m llama
 
 test-browser: .venv/installed-dev ## the studio in Debian's Chromium (apt-get install chromium), from a dropped file to a saved answer
-	$(INSTALL) playwright
-	$(BIN)/python -m pytest -m browser
+	$(INSTALL) -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/browser
 
 check: lint fast ## format, lint, types, architecture, generated docs, fast tests
 
@@ -37,7 +37,7 @@ lint: .venv/installed-dev
 	$(BIN)/python tools/generate_docs.py --check
 
 fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not real and not llama and not browser" --doctest-modules src tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not real and not llama and not browser" --doctest-modules --ignore=tests/browser src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py
