@@ -45,27 +45,27 @@ class Refused(Exception):
         return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Part(_Strict):
     type: Literal["text"]
     text: str
 
 
-class _Function(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Function(_Strict):
     name: Annotated[str, Field(min_length=1)]
     arguments: str
 
 
-class _Call(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Call(_Strict):
     id: str
     type: Literal["function"]
     function: _Function
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Message(_Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | Annotated[list[_Part], Field(min_length=1)] | None = None
     reasoning_content: str | None = None
@@ -73,22 +73,19 @@ class _Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class _Declared(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Declared(_Strict):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = None
 
 
-class _Tool(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _Tool(_Strict):
     type: Literal["function"]
     function: _Declared
 
 
-class _StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _StreamOptions(_Strict):
     include_usage: bool = False
 
 
@@ -96,10 +93,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Id = Annotated[int, Field(ge=0)]
 
 
-class Request(BaseModel):
+class Request(_Strict):
     """What both kinds of completion take. Temperature 0 by default: the likeliest answer, as `truetune chat` gives."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
