@@ -75,7 +75,8 @@ def _base_only(path: str) -> Source:
     """A model; one that was merged knows how it was trained."""
     base = find_base(path)
     prepare_base(base)
-    return _prompted(Source(path, base, build_renderer(load_tokenizer(base.folder), eos_ids(base.folder))), base.folder)
+    source = Source(path, base, build_renderer(load_tokenizer(base.folder), eos_ids(base.folder)))
+    return _prompted(source, base.folder, known=identity.read(base.folder))
 
 
 def _adapter(path: str, folder: Path) -> Source:
@@ -89,12 +90,12 @@ def _adapter(path: str, folder: Path) -> Source:
     prepare_base(base)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(folder if has_tokenizer else base.folder)
-    return _prompted(Source(path, base, build_renderer(tokenizer, eos_ids(base.folder)), folder), folder)
+    source = Source(path, base, build_renderer(tokenizer, eos_ids(base.folder)), folder)
+    return _prompted(source, folder, known=known)
 
 
-def _prompted(source: Source, folder: Path) -> Source:
-    """Return the source prompted as truetune.json in `folder` says, if it is there, and its probes compared."""
-    known = identity.read(folder)
+def _prompted(source: Source, folder: Path, *, known: dict[str, Any] | None) -> Source:
+    """Return the source prompted as `known`, truetune.json of `folder`, says, and its probes compared."""
     if not known:
         return source
     renderer = Renderer(
