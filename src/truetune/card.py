@@ -17,7 +17,7 @@ from truetune.engine.score import score
 from truetune.engine.step import Engine, evaluating
 from truetune.evaluate import STEP_COST, Metrics, measure, rate, row_losses
 from truetune.forgetting import Forgetting, check_forgetting, language_of
-from truetune.generate import Reply, Sampling, base_only, replies
+from truetune.generate import Reply, Sampling, base_only, both_replies
 from truetune.records import Row, pairs_of
 from truetune.samples import prompt_of
 
@@ -171,10 +171,8 @@ def _answers(
     prompts = [prompt_of(rows[number]) for number, _ in chosen]
     longest = max((len(rows[number].pairs[-1].answer_ids) for number, _ in chosen), default=0)
     sampling = Sampling(min(max(longest + ROOM_TOKENS, MIN_NEW_TOKENS), MAX_NEW_TOKENS))
-    sides: list[list[Reply]] = []
-    for is_base in (True, False):
-        with evaluating(engine.model), base_only(engine.model, is_on=is_base):
-            sides.append(replies(engine.model, renderer, prompts=[p.ids for p in prompts], sampling=sampling))
+    with evaluating(engine.model):
+        sides = both_replies(engine.model, renderer, prompts=[p.ids for p in prompts], sampling=sampling)
     answers = [
         Answer(
             kind,

@@ -96,6 +96,15 @@ def base_only(model: Any, *, is_on: bool = True) -> Iterator[None]:
         yield
 
 
+def both_replies(
+    model: Any, renderer: Renderer, *, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> tuple[list[Reply], list[Reply]]:
+    """Return the replies of the base and those of the tuned model to the same prompts."""
+    with base_only(model):
+        base = replies(model, renderer, prompts=prompts, sampling=sampling)
+    return base, replies(model, renderer, prompts=prompts, sampling=sampling)
+
+
 def stream(model: Any, renderer: Renderer, *, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
     """Yield the answer to `messages` piece by piece; an empty thinking block at its start is left out.
 

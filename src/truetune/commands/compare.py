@@ -21,7 +21,7 @@ def command(lang: str) -> click.Command:
 
     def run(path: str | None, questions: tuple[str, ...], no_run_system: bool, max_new_tokens: int) -> None:
         from truetune.console import Console
-        from truetune.generate import Sampling, base_only, replies
+        from truetune.generate import Sampling, both_replies
         from truetune.samples import choose_prompts
         from truetune.use import load, newest_run
 
@@ -40,12 +40,9 @@ def command(lang: str) -> click.Command:
                 prompt.text for prompt in choose_prompts(rows, None, renderer=model.renderer)
             )
         prompts = choose_prompts(rows, questions or None, renderer=model.renderer)
-        sides = []
         with console.status("status.answering", count=len(prompts)):
-            for is_base in (True, False):
-                with base_only(model.model, is_on=is_base):
-                    ids = [prompt.ids for prompt in prompts]
-                    sides.append(replies(model.model, model.renderer, prompts=ids, sampling=Sampling(max_new_tokens)))
+            ids, sampling = [prompt.ids for prompt in prompts], Sampling(max_new_tokens)
+            sides = both_replies(model.model, model.renderer, prompts=ids, sampling=sampling)
         for prompt, base, tuned in zip(prompts, *sides, strict=True):
             console.side_by_side(prompt.text, {"card.base": base.text, "card.tuned": tuned.text})
 
