@@ -129,3 +129,16 @@ def small_model(folder: Path, family: str = "qwen3", *, is_tied: bool = True, **
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_run(folder: Path, family: str, *, num_steps: int) -> Path:
+    """Train a run with a system prompt and held-out rows on a small base beside it, and return its folder."""
+    from truetune.cli import run
+
+    small_model(folder / "base", family)
+    rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."} for n in range(24)]
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    keys = ["--max-steps", str(num_steps), "--learning-rate", "1e-2", "--system", "Count.", "--dtype", "float32"]
+    words = ["train", str(folder / "data.json"), "--model", str(folder / "base"), *keys]
+    assert run([*words, "--output-dir", str(folder / "run")]) == 0
+    return folder / "run"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small import small_model
+from tests.small import small_model, small_run
 from truetune.cli import run
 from truetune.errors import UserError
 from truetune.merge import merge
@@ -18,16 +18,7 @@ from truetune.source import find
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a system prompt and held-out rows, on a small base beside it."""
-    folder = tmp_path_factory.mktemp("source")
-    small_model(folder / "base", "qwen3")
-    rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."} for n in range(24)]
-    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    words = ["--model", str(folder / "base"), "--max-steps", "4", "--learning-rate", "1e-2", "--system", "Count."]
-    assert (
-        run(["train", str(folder / "data.json"), *words, "--dtype", "float32", "--output-dir", str(folder / "run")])
-        == 0
-    )
-    return folder / "run"
+    return small_run(tmp_path_factory.mktemp("source"), "qwen3", num_steps=4)
 
 
 @pytest.mark.parametrize("name", ["", "adapter"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.small import small_model
+from tests.small import small_run
 from truetune.cli import run
 from truetune.export import llama
 
@@ -15,16 +14,7 @@ from truetune.export import llama
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run with a system prompt."""
-    folder = tmp_path_factory.mktemp("export")
-    small_model(folder / "base", "qwen2")
-    rows = [{"instruction": f"What is {n} plus {n}?", "output": f"It is {2 * n}."} for n in range(24)]
-    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    words = ["--model", str(folder / "base"), "--max-steps", "3", "--learning-rate", "1e-2", "--system", "Count."]
-    assert (
-        run(["train", str(folder / "data.json"), *words, "--dtype", "float32", "--output-dir", str(folder / "run")])
-        == 0
-    )
-    return folder / "run"
+    return small_run(tmp_path_factory.mktemp("export"), "qwen2", num_steps=3)
 
 
 @pytest.fixture(autouse=True)
