@@ -90,7 +90,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from small_base import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny-base"
-    tokenizer = make_tokenizer([{"text": f"What is {n} plus {n}? It is {2 * n}, minus 1 is {n - 1}."} for n in range(40)])
+    tokenizer = make_tokenizer(
+        [{"text": f"What is {n} plus {n}? It is {2 * n}, minus 1 is {n - 1}."} for n in range(40)]
+    )
     make_model(tokenizer, hidden_size=32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
