@@ -25,7 +25,7 @@ LEARNED_SHARE = 0.41
 """Learned tokens among those computed: huanhuan's, as tries of 32 rows."""
 
 BYTES_KEPT = 1.75
-"""K: what a token leaves behind, over the widths of its products in two bytes each. For the two measured shapes `fitted`
+"""K: what a token leaves behind, over the widths of its products in two bytes each. For the measured shapes `fitted`
 gives 1.72 and 1.78."""
 
 PROGRAM_BYTES = 1.0e9
