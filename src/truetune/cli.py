@@ -99,7 +99,13 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore", FutureWarning)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:
+        # All is written. Torch 2.13 aborts now and then where FSDP on gloo is torn down with the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ Rank 0 leads: it alone prints and writes. A process alone is a group of one, for
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import re
 import time
@@ -188,6 +189,8 @@ class connected:  # noqa: N801 (a context manager)
             self._leave(error)
         finally:
             self._stack.close()
+            # A sharded model holds the group, too, in a cycle.
+            gc.collect()
             if dist.is_initialized():
                 dist.destroy_process_group()
 

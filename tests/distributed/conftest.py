@@ -54,7 +54,7 @@ def apart(one: Told, other: Told) -> dict[str, float]:
     figures: dict[str, float] = {}
     for kind, name in (("step", "loss"), ("step", "grad_norm"), ("eval", "eval_loss")):
         pairs = zip(*([e[name] for e in told[0] if e["kind"] == kind] for told in (one, other)), strict=True)
-        figures[name] = max(abs(a / b - 1) for a, b in pairs)
+        figures[name] = max((abs(a / b - 1) for a, b in pairs), default=0.0)
     difference = torch.cat([(one[1][name] - other[1][name]).flatten() for name in one[1]])
     whole = torch.cat([tensor.flatten() for tensor in other[1].values()])
     assert one[1].keys() == other[1].keys()

@@ -22,7 +22,7 @@ from truetune.records import pairs_of
 
 pytestmark = pytest.mark.slow
 
-STEPS, ROWS_PER_STEP, TOLERANCE, LEARNING_RATE, DROPOUT = 20, 4, 1e-5, 2e-3, 0.1
+STEPS, ROWS_PER_STEP, TOLERANCE, LEARNING_RATE, DROPOUT = 20, 4, 1e-5, 1e-2, 0.1
 CASES: list[dict[str, Any]] = [
     {"strategy": "shard"},
     {"strategy": "shard", "is_checkpointed": True},
@@ -51,9 +51,10 @@ def job(tiny_qwen: Path) -> dict[str, Any]:
     rows = []
     for number in range(STEPS * ROWS_PER_STEP):
         turn = some(3 + number % 7)
-        pairs = [(system + turn, some(2 + number % 5))]
+        # One way to answer, so that it is learned in a few steps.
+        pairs = [(system + turn, list(range(1000, 1002 + number % 5)))]
         for _ in range(number % 3):
-            pairs.append((pairs[-1][0] + pairs[-1][1] + some(4), some(3)))
+            pairs.append((pairs[-1][0] + pairs[-1][1] + some(4), [1000, 1001, 1002]))
         rows.append(pairs)
     sizes = {"steps": STEPS, "rows_per_step": ROWS_PER_STEP, "max_tokens": 64, "learning_rate": LEARNING_RATE}
     return {"model": str(tiny_qwen), "rows": rows, **sizes}
@@ -111,10 +112,8 @@ def test_every_case_equals_one_process(
     for case, (told, _) in zip(CASES, found, strict=True):
         wanted = alone[case.get("kind", "trie")]
         if "dropout" in case:
-            told, wanted = ([e for e in told[0] if e["kind"] == "step"], told[1]), dropped
-            figures = apart((told[0], told[1]), wanted) if told[0] else {}
-        else:
-            figures = apart(told, wanted)
+            told, wanted = ([event for event in told[0] if event["kind"] == "step"], told[1]), dropped
+        figures = apart(told, wanted)
         if "plant" in case:
             num_planted += 1
             assert figures["adapter"] > 100 * TOLERANCE, (case, figures)

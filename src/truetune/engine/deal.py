@@ -24,8 +24,8 @@ def deal(pairs: Sequence[Pair], num_ranks: int, *, is_shared: bool) -> list[list
 
     `is_shared`: prefixes are computed once. A rank may get nothing.
     """
-    if num_ranks == 1:
-        return [list(pairs)]
+    if num_ranks == 1 or not pairs:
+        return [list(pairs), *([] for _ in range(num_ranks - 1))]
     ordered = sorted(pairs, key=_tokens if is_shared else len)
     whole = [len(pair) - 1 for pair in ordered]
     new = list(whole)
