@@ -23,7 +23,7 @@ from truetune.errors import NumericsError, ToldElsewhere, TruetuneError, UserErr
 from truetune.ranks import connected
 
 def talk(ranks):
-    parts = [torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(1))]
+    parts = [torch.nn.Parameter(part) for part in (torch.zeros(2, 2), torch.zeros(3), torch.ones(1))]
     parts[2].requires_grad_(False)
     if ranks.rank == 0:
         parts[0].grad = torch.arange(4.0).view(2, 2)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
-from truetune.engine.deal import deal
+from truetune.engine.compare import use_kind
+from truetune.engine.deal import deal, filled
+from truetune.engine.step import Engine, Share, make_forwards, train_step
 from truetune.engine.trie import build_trie
+from truetune.model import add_lora
 from truetune.records import Pair
 
 
@@ -82,3 +87,29 @@ def test_a_shared_prompt_stays_on_one_rank() -> None:
     pairs = [Pair((family, *range(50)), (answer,)) for answer in range(100, 104) for family in (1, 2)]
     dealt = deal(pairs, 2, is_shared=True)
     assert [{pair.prompt_ids[0] for pair in own} for own in dealt] == [{1}, {2}]
+
+
+def test_empty_forwards_add_nothing(tiny_qwen: Path) -> None:
+    """A rank that runs more forwards than it has comes to the same loss and gradient, by every kind."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_qwen), dtype=torch.float32)
+    model = add_lora(model, r=4, alpha=8, dropout=0.0, targets=["all-linear"], seed=1).train()
+    pairs = some_pairs(3, 5)
+    num_cases = 0
+    for kind in ("trie", "padded", "plain"):
+        engine = use_kind(Engine(model, kind, 0, 64))  # type: ignore[arg-type]
+        found = []
+        for num_forwards in (1, 3):
+            forwards = filled(engine, make_forwards(engine, pairs), num_forwards=num_forwards)
+            assert len(forwards) == num_forwards
+            share = Share(sum(len(pair.answer_ids) for pair in pairs))
+            result = train_step(engine, forwards, seeds=(0, 1), backward=lambda loss: loss.backward(), share=share)
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append((result.loss, gradient))
+            model.zero_grad(set_to_none=True)
+            num_cases += 1
+        assert found[0][0] == found[1][0]
+        assert torch.equal(found[0][1], found[1][1])
+    assert num_cases == 6
+    assert len(filled(engine, [], num_forwards=2)) == 2
