@@ -175,7 +175,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studio.running": {"config", "errors", "serve.guard", "serve.listen", "studio.*"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
-    "": {"config", "console", "records", "report", "rundir", "preflight", "training", "use"},
+    "": {"config", "console", "place", "records", "report", "rundir", "preflight", "training", "use"},
     "commands": set(),
 }
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}

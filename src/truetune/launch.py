@@ -6,6 +6,7 @@ By itself that ends with exit code 1 and the launcher's traceback, whatever the 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ def launch(words: Sequence[str], num_processes: int) -> int:
 
     Raises: MachineError naming a rank that was killed; no other fault, since the ranks tell theirs.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -40,6 +41,9 @@ def launch(words: Sequence[str], num_processes: int) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_S,
+        signals_to_handle=",".join(_signals()),
+        # Else a folder stays in /tmp.
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     try:
         elastic_launch(plan, sys.executable)("-m", "truetune", *words)
@@ -51,6 +55,12 @@ def launch(words: Sequence[str], num_processes: int) -> int:
     except ChildFailedError as error:
         return _code_of(error.failures)
     return 0
+
+
+def _signals() -> list[str]:
+    """Return the signals that are handed on; under nohup a closed terminal is to be ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+    return [number.name for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _code_of(failures: dict[int, Any]) -> int:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from truetune import checkpoint
 from truetune.cli import run
-from truetune.launch import _code_of
+from truetune.launch import _code_of, _signals
 from truetune.messages import text
 from truetune.rundir import RunDir
 
@@ -188,7 +188,32 @@ def test_a_fault_of_all_ranks_is_told_once(start: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(start: Any, whole: Path, tmp_path: Path) -> None:
+    """No process is left, the checkpoints stand."""
+    out = tmp_path / "out"
+    process = start("--devices", "2")
+    wait_for_steps(out, 6, process)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, errors = end(process, 30)
+    assert code == 130, errors
+    no_leftovers(process, out)
+    path, skipped = checkpoint.find(out / "checkpoints")
+    assert path is not None
+    assert skipped == {}
+
+
 # --- without processes ---
+
+
+def test_under_nohup_a_closed_terminal_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert _signals() == ["SIGTERM", "SIGINT", "SIGQUIT"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGHUP" in _signals()
 
 
 class Failure:
