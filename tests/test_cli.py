@@ -211,6 +211,8 @@ VALUES = {
     "tracker_project": "p",
     "tracker_name": "n",
     "output_dir": "out",
+    "devices": "1",
+    "strategy": "shard",
 }
 
 

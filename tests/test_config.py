@@ -230,6 +230,9 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("encoding", "utf-9"),
     ("data_weights", "1,0"),
     ("data_weights", "a"),
+    ("devices", 0),
+    ("devices", "all"),
+    ("strategy", "ddp"),
 ]
 
 
@@ -243,7 +246,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 60
+    assert len(BAD_VALUES) == 63
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

@@ -20,8 +20,14 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    "messages": {
+        f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_ranks", "_report", "_studio")
+    },
+    **{
+        f"messages.{lang}{part}": set()
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_ranks", "_report", "_studio")
+    },
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -30,6 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lock": {"disk", "errors"},
     "rundir": {"disk", "errors", "lock"},
     "signals": set(),
+    "place": {"errors"},
+    "ranks": {"errors", "place"},
+    "launch": {"config", "errors", "place"},
     "data": set(),
     "data.json_rows": {"errors", "records"},
     "data.dataset_info": {"errors"},
@@ -62,18 +71,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.lora": set(),
     "engine.loss": set(),
     "engine.step": {"records", "engine.attention", "engine.loss", "engine.trie"},
+    "engine.deal": {"records", "engine.step", "engine.trie"},
+    "engine.shard": {"errors"},
     "engine.score": {"records", "engine.step", "engine.trie"},
     "engine.compare": {"records", "engine.attention", "engine.fused", "engine.step", "engine.trie"},
-    "engine.memory": {"errors", "records", "engine.step"},
+    "engine.memory": {"errors", "ranks", "records", "engine.step"},
     "hub": {"errors"},
     "weights": {"errors"},
     "fingerprint": {"config", "disk"},
     "model": {"errors", "config", "fingerprint", "hub", "weights", "engine.*"},
-    "checkpoint": {"disk", "errors"},
+    "checkpoint": {"disk", "errors", "ranks"},
     "watch": set(),
-    "loop": {"errors", "records", "engine.*"},
+    "loop": {"errors", "ranks", "records", "signals", "engine.*"},
     "generate": {"errors", "records", "data.template", "model"},
-    "evaluate": {"records", "engine.*"},
+    "evaluate": {"ranks", "records", "engine.*"},
     "samples": {"records", "engine.step", "data.template", "generate"},
     "forgetting": {"records", "engine.*", "data.template", "generate"},
     "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting", "samples"},
@@ -86,7 +97,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "page": {"config", "disk", "messages", "preflight", "templates"},
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight"),
-        *("samples", "weights"),
+        *("place", "ranks", "samples", "weights"),
+    },
+    "follow": {
+        *("assembly", "card", "checkpoint", "config", "console", "errors", "preflight", "ranks", "rundir", "signals"),
+        "watch",
     },
     "measure": {"assembly", "engine.*", "evaluate", "loop", "records"},
     "output": {"errors", "config", "disk", "rundir", "data.*", "checkpoint", "identity", "loop", "preflight"},
@@ -98,7 +113,9 @@ MAY_IMPORT: dict[str, set[str]] = {
             "config",
             "console",
             "disk",
+            "follow",
             "lock",
+            "ranks",
             "rundir",
             "signals",
             "teller",
@@ -158,7 +175,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studio.running": {"config", "errors", "serve.guard", "serve.listen", "studio.*"},
     "cli": {"errors", "config", "messages", "console", "commands.*"},
     "__main__": {"cli"},
-    "": {"config", "console", "records", "report", "rundir", "preflight", "training", "use"},
+    "": {"config", "console", "place", "records", "report", "rundir", "preflight", "training", "use"},
     "commands": set(),
 }
 COMMANDS_MAY_NOT_IMPORT = {"commands.*", "__main__"}
@@ -173,7 +190,7 @@ HOMES = {
     r"(?<![\w.])-100\b": {"records.py"},
     r"\bfrom_pretrained\(": {"model.py"},
     r"(?<![\w.])print\(": set(),
-    r"\bos\.environ\b": {"config.py", "cli.py"},
+    r"\bos\.environ\b": {"config.py", "cli.py", "place.py"},
     r"\btrust_remote_code\b": set(),
     # Only in the pipes between one process and its helpers, never in a file.
     r"\bpickle\b": {"data/crew.py"},

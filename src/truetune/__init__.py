@@ -26,11 +26,12 @@ def train(data: str | Path | list[str], *, model: str | Path, **keys: Any) -> Ru
     from truetune import report
     from truetune.config import language, resolve
     from truetune.console import Console
+    from truetune.place import read_place
     from truetune.training import train as run_training
 
     going = {name: keys.pop(name) for name in ("resume", "allow_changed", "skip_bad") if name in keys}
     settings = resolve({"data": _names(data), **_plain({"model": model, **keys})})
-    console = Console(language(settings.config.lang))
+    console = Console(language(settings.config.lang), quiet=read_place().rank > 0)
     run = run_training(settings, console, **going)
     report.show(run.path, console)
     return run

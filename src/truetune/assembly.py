@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,15 @@ from truetune.config import Config, Settings
 from truetune.console import Console
 from truetune.engine.compare import Choice, choose_engine, use_kind
 from truetune.engine.memory import Limits, choose_limits, set_checkpointing
+from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
+from truetune.place import read_place
 from truetune.preflight import Preflight
+from truetune.ranks import ALONE, Ranks
 from truetune.records import Row, pairs_of
 from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
 from truetune.weights import require_memory
@@ -37,6 +40,8 @@ MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
 FREE_KEYS = (
     *("output_dir", "lang", "logging_steps", "save_steps", "save_total_limit", "hub", "revision"),
     *("report_to", "tracker_project", "tracker_name", "result", "early_stopping_patience"),
+    # Another split of the same sum: it rounds otherwise, which a checkpoint's manifest tells.
+    *("devices", "strategy"),
     "sample_prompts",
     # These have hashes of their own in the identity.
     *("model", "data", "eval_data"),
@@ -62,11 +67,18 @@ class Assembly:
 
 
 def assemble(
-    settings: Settings, flight: Preflight, *, folder: Path, console: Console, is_begun: bool = False
+    settings: Settings,
+    flight: Preflight,
+    *,
+    folder: Path,
+    console: Console,
+    is_begun: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Assembly:
     """Load the model and put the loop together. `folder`: the run's, where trackers may write.
 
     `is_begun`: the run goes on, so that how it computes was compared when it began, and stands in `settings`.
+    `ranks`: all of them call this together.
 
     Raises: UserError if the weights or the LoRA targets do not fit.
     """
@@ -76,34 +88,63 @@ def assemble(
     if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision != "no":
         # Read from the environment that `accelerate launch` sets; backward would divide the gradient by it.
         raise UserError("accelerate_settings", where="ACCELERATE_*", fix="accelerate_settings")
-    if accelerator.num_processes > 1:
-        raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
     dtype, reason = choose_dtype(config.dtype)
-    require_memory(
-        flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=psutil.virtual_memory().available
-    )
+    is_sharded = config.strategy == "shard"
+    # Whole bases lie side by side; of a sharded one, a machine loads one at a time.
+    free_bytes = psutil.virtual_memory().available // (1 if is_sharded else ranks.place.local_size)
+    require_memory(flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=free_bytes)
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = accelerator.prepare(_load(flight.base, config, dtype))
+        model = accelerator.prepare(_load_on(ranks, flight.base, config, dtype))
     settings = settings.with_chosen(dtype=dtype)
-    engine, settings, events = _engine(settings, flight, model, console, is_begun=is_begun)
+    engine, settings, events = _engine(settings, flight, model, console=console, is_begun=is_begun, ranks=ranks)
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
     console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
-    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
+    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward, ranks=ranks)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
-    sampler = _sampler(config, flight, model, held_out)
-    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, sampler, held_out, events)
+    _require_same(state.identity, ranks)
+    # Alone, rank 0 asks; a sharded model answers on all ranks or none.
+    sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or is_sharded)
+    evaluate = loss_evaluator(engine, held_out, ranks=ranks)
+    return Assembly(settings, accelerator, loop, evaluate, state, sampler, held_out, events)
+
+
+def _load_on(ranks: Ranks, base: Base, config: Config, dtype: str) -> Any:
+    """Return the model on this rank, whole or its part of it.
+
+    Raises: UserError if several processes were started, and this is not one of a group.
+    """
+    num_started = read_place().size
+    if num_started > 1 and ranks.size == 1:
+        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
+    if config.strategy != "shard":
+        return _load(base, config, dtype)
+    if ranks.size == 1:
+        raise UserError("shard_alone", where="strategy", fix="shard_alone")
+    mesh = make_mesh(ranks.size)
+    with ranks.in_turn():
+        model = shard(_load(base, config, dtype), mesh)
+    return model
+
+
+def _require_same(identity: Mapping[str, str], ranks: Ranks) -> None:
+    """Raise UserError if this rank would train another run than rank 0: other files, another processor."""
+    first = ranks.tell(dict(identity))
+    names = ", ".join(name.removeprefix("config.") for name, value in identity.items() if first[name] != value)
+    if names:
+        raise UserError("ranks_differ", where=f"rank {ranks.rank}", fix="ranks_differ", names=names)
 
 
 def _engine(
-    settings: Settings, flight: Preflight, model: Any, console: Console, *, is_begun: bool
+    settings: Settings, flight: Preflight, model: Any, *, console: Console, is_begun: bool, ranks: Ranks
 ) -> tuple[Engine, Settings, tuple[Event, ...]]:
     """Return the engine that agrees with the model and fits into memory, with what was chosen and the events of it."""
     config = settings.config
     filler = pad_id(flight.renderer.tokenizer)
-    plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model))
+    is_sharded = config.strategy == "shard"
+    plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model), is_sharded=is_sharded)
     if config.attention == "plain" or (is_begun and config.attention != "auto"):
         choice = Choice(use_kind(replace(plain, kind=config.attention)), ())
     else:
@@ -116,6 +157,7 @@ def _engine(
                 list(_telling_rows(flight)),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
+                ranks=ranks,
             )
     else:
         engine, limits = replace(choice.engine, max_tokens=int(size)), None
@@ -232,15 +274,18 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     return settings.with_chosen(**chosen), held_out
 
 
-def _sampler(config: Config, flight: Preflight, model: Any, held_out: Sequence[Row]) -> Sampler:
-    """Return what takes the samples: at evaluations, or as often where nothing is held out."""
+def _sampler(config: Config, flight: Preflight, model: Any, held_out: Sequence[Row], *, is_asking: bool) -> Sampler:
+    """Return what takes the samples: at evaluations, or as often where nothing is held out.
+
+    Without `is_asking`, none.
+    """
     report, prepared = flight.prepared.report, flight.prepared
     texts = None if config.sample_prompts == "auto" else list(config.sample_prompts)
     every = int(config.eval_steps) if held_out else -(-report.steps // MAX_EVALUATIONS)
     num_tokens = report.steps * config.rows_per_step * report.trie_tokens // max(report.rows_used, 1)
     plan = plan_samples(report.steps, eval_steps=every, num_trained_tokens=num_tokens)
     rows = held_out or prepared.train[: 4 * NUM_PROMPTS]
-    prompts = choose_prompts(rows, texts, renderer=flight.renderer)
+    prompts = choose_prompts(rows, texts, renderer=flight.renderer) if is_asking else []
     return Sampler(model, flight.renderer, prompts, plan, "eval" if held_out else "step")
 
 

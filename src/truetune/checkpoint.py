@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed as dist
 
 from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json, write_atomic
 from truetune.errors import MachineError, NumericsError, UserError
+from truetune.ranks import Ranks
 
 ADAPTER, OPTIMIZER, TRAINER_STATE = "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"
 OF_THE_RUN = {OPTIMIZER, TRAINER_STATE, MANIFEST}
@@ -67,8 +69,10 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Return what else decides the last bits: sums are split among threads, and kernels made for a processor."""
-    return {"threads": str(torch.get_num_threads()), "cpu": torch.backends.cpu.get_cpu_capability()}
+    """Return what else decides the last bits: sums are split among threads and ranks, kernels made for a processor."""
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    threads, cpu = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return {"threads": str(threads), "cpu": cpu, "ranks": str(num_ranks)}
 
 
 def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
@@ -183,7 +187,7 @@ def differences(folder: Path, identity: Mapping[str, str]) -> dict[str, tuple[st
 def other_versions(folder: Path) -> dict[str, tuple[str, str]]:
     """Return {name: (then, now)} for every library that is another version now, and what differs of the machine."""
     manifest = read_manifest(folder)
-    saved, now = manifest["versions"] | manifest["machine"], versions() | machine()
+    saved, now = {"ranks": "1"} | manifest["versions"] | manifest["machine"], versions() | machine()
     return {name: (saved.get(name, "-"), value) for name, value in now.items() if saved.get(name) != value}
 
 
@@ -231,6 +235,39 @@ def load(folder: Path, state: State) -> int:
     moments = _unflatten(load_file(str(folder / OPTIMIZER)))
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(values["step"])
+
+
+def share(state: State, ranks: Ranks, *, step: int) -> int:
+    """Give every rank what rank 0 has of a run: weights, moments, scheduler; return rank 0's `step`.
+
+    So the others need not see the folder, and all begin with the same bits.
+    """
+    if ranks.size == 1:
+        return step
+    ranks.give(part for part in state.model.parameters() if part.requires_grad)
+    values = state.optimizer.state_dict()
+    shapes = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in _flatten(values).items()}
+    head = ranks.tell(
+        {"step": step, "scheduler": state.scheduler.state_dict(), "groups": values["param_groups"], "shapes": shapes}
+    )
+    state.scheduler.load_state_dict(head["scheduler"])
+    tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], _device(state.model))
+    ranks.give(tensors[name] for name in sorted(head["shapes"]))
+    if not ranks.is_main:
+        state.optimizer.load_state_dict({"state": _unflatten(tensors), "param_groups": head["groups"]})
+    return int(head["step"])
+
+
+def _device(model: Any) -> Any:
+    return next(part.device for part in model.parameters() if part.requires_grad)
+
+
+def _empty_like(shapes: dict[str, Any], device: Any) -> dict[str, torch.Tensor]:
+    """Return room for tensors; AdamW keeps its counters on the CPU."""
+    return {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device if shape else "cpu")
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def other_tensor(folder: Path, state: State) -> str | None:

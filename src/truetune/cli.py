@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from truetune.config import LANGUAGES, Config, language, load_yaml, unknown_key
-from truetune.errors import Interrupted, MachineError, TruetuneError, UserError, out_of_memory
+from truetune.errors import Interrupted, MachineError, ToldElsewhere, TruetuneError, UserError, out_of_memory
 from truetune.messages import text
 
 COMMANDS = (
@@ -99,7 +99,13 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore", FutureWarning)
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "LOCAL_RANK" in os.environ:
+        # All is written. Torch 2.13 aborts now and then where FSDP on gloo is torn down with the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:
@@ -107,7 +113,7 @@ def run(words: Sequence[str]) -> int:
     lang = _lang(words)
     debug = "--debug" in words
     try:
-        result = Program(lang).main([*_hoisted(words)], prog_name="truetune", standalone_mode=False)
+        result = Program(lang).main([*_hoisted(words)], prog_name="truetune", standalone_mode=False, obj=list(words))
         return result if isinstance(result, int) else 0
     except (click.Abort, KeyboardInterrupt):
         return _report(Interrupted(), lang, debug=debug)
@@ -184,7 +190,9 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def _report(error: TruetuneError, lang: str, *, debug: bool) -> int:
     from truetune.console import Console
 
-    Console(lang).error(error)
+    # Before ranks are connected, each one of a machine meets the same fault.
+    if not isinstance(error, ToldElsewhere) and os.environ.get("LOCAL_RANK", "0") == "0":
+        Console(lang).error(error)
     if debug:
         raise error
     return error.exit_code

@@ -130,6 +130,8 @@ class Config(BaseModel):
     )
     tracker_project: str = "truetune"
     tracker_name: str | None = None
+    devices: PositiveInt = 1
+    strategy: Literal["replicate", "shard"] = "replicate"
     output_dir: str | None = None
     lang: Literal["auto", "en", "zh"] = "auto"
 

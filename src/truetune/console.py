@@ -29,7 +29,7 @@ class Console:
 
     def __init__(self, lang: str = "en", *, quiet: bool = False) -> None:
         self.lang = lang
-        self.is_terminal = sys.stdout.isatty()
+        self.is_terminal = sys.stdout.isatty() and not quiet
         width = None if self.is_terminal else PLAIN_WIDTH
         self._out = Rich(width=width, highlight=False, emoji=False, quiet=quiet, soft_wrap=not self.is_terminal)
         self._err = Rich(width=width, highlight=False, emoji=False, stderr=True, soft_wrap=not sys.stderr.isatty())

@@ -7,7 +7,8 @@
     ├── MachineError      3   disk, memory, lock, permissions
     ├── NumericsError     4   a loss or gradient that is not finite
     ├── Stopped     130/143   SIGINT or SIGTERM in training; the state is saved
-    └── Interrupted     130   Ctrl-C anywhere else
+    ├── Interrupted     130   Ctrl-C anywhere else
+    └── ToldElsewhere         another rank has told it, with its exit code
 
 A fault carries catalogue keys, not text, so that it can be shown in English and in Chinese.
 """
@@ -103,3 +104,11 @@ class Stopped(TruetuneError):
     def __init__(self, signal_number: int, *, where: str) -> None:
         super().__init__("stopped", where=where, fix="resume", path=where)
         self.exit_code = 128 + signal_number
+
+
+class ToldElsewhere(TruetuneError):
+    """Several ranks met one fault, or one fault of one rank: another one tells it."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("rank_lost", where="ranks", fix="rank_lost")
+        self.exit_code = exit_code

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from truetune.engine.deal import filled, own_pairs
 from truetune.engine.score import Score, score
-from truetune.engine.step import Engine, held_out_loss
+from truetune.engine.step import Engine, held_out_sum, make_forwards
+from truetune.ranks import ALONE, Ranks, watched
 from truetune.records import Pair, Row, pairs_of
 
 MAX_SHARE = 0.03
@@ -107,12 +109,25 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def loss_evaluator(engine: Engine, rows: Sequence[Row]) -> Callable[[], float | None]:
-    """Return a function that gives the model's loss on `rows` as it is now, or None if there are none."""
+def loss_evaluator(engine: Engine, rows: Sequence[Row], *, ranks: Ranks = ALONE) -> Callable[[], float | None]:
+    """Return a function that gives the model's loss on `rows` as it is now, or None if there are none.
+
+    Each of `ranks` computes a part.
+    """
     pairs = pairs_of(rows)
     if not pairs:
         return lambda: None
-    return lambda: held_out_loss(engine, pairs)
+    own = own_pairs(engine, pairs, rank=ranks.rank, num_ranks=ranks.size)
+
+    def evaluate() -> float:
+        forwards = make_forwards(engine, own)
+        if engine.is_sharded:
+            forwards = filled(engine, forwards, num_forwards=int(ranks.most(len(forwards))))
+        with watched():
+            part = held_out_sum(engine, forwards)
+        return ranks.sum([part])[0] / sum(len(pair.answer_ids) for pair in pairs)
+
+    return evaluate
 
 
 def limit_rows(rows: Sequence[Row], num_trained_rows: int) -> Sequence[Row]:

@@ -13,11 +13,14 @@ from typing import Any
 import psutil
 import torch
 
+from truetune.engine.deal import filled, own_pairs
 from truetune.engine.order import Mix, batches
-from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.engine.step import Engine, Forward, Share, StepResult, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError, out_of_memory
-from truetune.records import Row, pairs_of
+from truetune.ranks import ALONE, Ranks, watched
+from truetune.records import Pair, Row, pairs_of
+from truetune.signals import CAUGHT
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
@@ -42,18 +45,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, ready to compute. `epoch`: how many are done after it."""
+    """The rows of one step, and what this rank computes of it. `epoch`: how many are done after it."""
 
     step: int
     epoch: float
     rows: Sequence[Row]
+    own: Sequence[Pair]
     forwards: Sequence[Forward]
+    share: Share
     trie_tokens: int
 
 
 @dataclass
 class Loop:
-    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
+    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's).
+
+    `raised`: the signal that this process got, if any. Each of `ranks` runs the same loop: they share a step's pairs,
+    and end after the same step.
+    """
 
     engine: Engine
     optimizer: torch.optim.Optimizer
@@ -61,6 +70,14 @@ class Loop:
     plan: Plan
     backward: Callable[[torch.Tensor], None]
     num_skipped: int = 0
+    ranks: Ranks = ALONE
+    raised: Callable[[], int | None] = lambda: None
+    _agreed: int | None = None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that ends the run; of several ranks, what any of them had got when the last step was summed."""
+        return self.raised() if self.ranks.size == 1 else self._agreed
 
     def run(
         self,
@@ -105,7 +122,10 @@ class Loop:
             epoch, numbers = next(order)
             chosen = [rows[number] for number in numbers]
             pairs = pairs_of(chosen)
-            return Batch(step, epoch, chosen, make_forwards(self.engine, pairs), count_trie_tokens(pairs))
+            own = own_pairs(self.engine, pairs, rank=self.ranks.rank, num_ranks=self.ranks.size)
+            share = Share(sum(len(pair.answer_ids) for pair in pairs), self.ranks.rank, self.ranks.size)
+            forwards = make_forwards(self.engine, own)
+            return Batch(step, epoch, chosen, own, forwards, share, count_trie_tokens(pairs))
 
         with ThreadPoolExecutor(max_workers=1) as builder:
             following = builder.submit(build, start + 1)
@@ -121,15 +141,17 @@ class Loop:
         step, rows = batch.step, batch.rows
         while True:
             try:
-                result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
+                result = self._own_part(batch)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                # The other ranks of a sharded base wait for this forward, and would not know of another try.
+                if not is_out_of_memory(error) or self.engine.is_sharded:
                     raise
                 # What was added to the gradient is half a step.
                 self.optimizer.zero_grad(set_to_none=True)
             batch = self._in_smaller_forwards(batch)
             yield {"kind": "memory", "step": step, "max_tokens": self.engine.max_tokens}
+        result = self._together(result)
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self._clipped(step, rows, result.loss)
         told = {"step": step, "row_ids": [row.index for row in rows]}
@@ -157,6 +179,25 @@ class Loop:
             "gpu_percent": _gpu_percent(),
         }
 
+    def _own_part(self, batch: Batch) -> StepResult:
+        """Add the gradient of this rank's part of a step."""
+        forwards = batch.forwards
+        if self.engine.is_sharded:
+            forwards = filled(self.engine, forwards, num_forwards=int(self.ranks.most(len(forwards))))
+        with watched():
+            return train_step(
+                self.engine, forwards, seeds=(self.plan.seed, batch.step), backward=self.backward, share=batch.share
+            )
+
+    def _together(self, part: StepResult) -> StepResult:
+        """Sum the ranks' gradients, losses and signals, all in one reduction, and return the whole step's result."""
+        raised = self.raised()
+        flags = [float(raised == number) for number in CAUGHT]
+        numbers = [part.loss, part.num_tokens, *flags]
+        loss, num_tokens, *flags = self.ranks.sum_gradients(self.engine.model.parameters(), numbers)
+        self._agreed = next((int(number) for number, flag in zip(CAUGHT, flags, strict=True) if flag), None)
+        return replace(part, loss=loss, num_tokens=int(num_tokens))
+
     def _in_smaller_forwards(self, batch: Batch) -> Batch:
         """Halve the forwards of a batch that did not fit, and of all that follow.
 
@@ -168,7 +209,7 @@ class Loop:
             raise out_of_memory(f"step {batch.step}")
         size = min(self.engine.max_tokens, max(largest // 2, longest))
         self.engine = replace(self.engine, max_tokens=size)
-        return replace(batch, forwards=make_forwards(self.engine, pairs_of(batch.rows)))
+        return replace(batch, forwards=make_forwards(self.engine, batch.own))
 
     def _clipped(self, step: int, rows: Sequence[Row], loss: float) -> float:
         """Clip the gradient and return its norm before that.

@@ -52,7 +52,9 @@ class Trackers:
             return
         # Here, not in the thread: SwanLab ends in the main thread only.
         with limited(timeout_s, late):
-            self._try(self._accelerator.end_training)
+            for tracker in self._accelerator.trackers:
+                # Not end_training, which ends the group of ranks, too (accelerate 1.15, state.py).
+                self._try(tracker.finish)
 
     def _work(self) -> None:
         while (event := self._events.get()) is not None:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from truetune import checkpoint, disk, report, trackers
 from truetune.assembly import Assembly, assemble
-from truetune.card import Subject, make_card
+from truetune.card import Subject
 from truetune.config import Settings, load_yaml
 from truetune.console import Console
 from truetune.diagnosis import diagnose
 from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
+from truetune.follow import card_of, follow, tell_start, tell_state, with_devices
 from truetune.lock import RunLock, refuse_locked
 from truetune.output import Saver, record, recorded_state, write_start
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
+from truetune.ranks import Ranks, connected
 from truetune.rundir import Run, RunDir, next_run_path, open_output, outcome
 from truetune.signals import StopFlag
 from truetune.teller import Teller
@@ -29,34 +31,50 @@ TAKEN = ("step", "skipped", "eval")
 def train(
     settings: Settings, console: Console, *, resume: bool = False, allow_changed: bool = False, skip_bad: int = 0
 ) -> Run:
-    """Train as `settings` say and return the run.
+    """Train as `settings` say and return the run; of several ranks, all call this, and rank 0 tells the story.
 
     `allow_changed`: resume although data or keys are others. `skip_bad`: steps that may be skipped because their loss
     or gradient is not finite.
 
     Raises: UserError, before anything is written, if the configuration, the data or the model cannot be used.
     """
+    with connected() as ranks:
+        settings = with_devices(settings, ranks)
+        if not ranks.is_main:
+            return follow(ranks, lang=console.lang, skip_bad=skip_bad)
+        return _lead(settings, console, ranks, resume=resume, allow_changed=allow_changed, skip_bad=skip_bad)
+
+
+def _lead(
+    settings: Settings, console: Console, ranks: Ranks, *, resume: bool, allow_changed: bool, skip_bad: int
+) -> Run:
     config = settings.config
     if resume and not config.output_dir:
         raise UserError("output_no_run", where="--resume", fix="resume_which")
+    if resume and ranks.place.may_restart and not RunDir(Path(str(config.output_dir)).expanduser()).is_run:
+        resume = False  # torchrun gives the same words at its first start
     path = Path(config.output_dir or next_run_path((config.data or ["data"])[0], config.model or "model")).expanduser()
     refuse_locked(path)
     disk.require_writable(path)
     run = open_output(path, resume=resume)
     if run.is_run and run.read_info()["state"] == "done" and not allow_changed:
         console.say("train.already_done", path=path)
+        ranks.tell(None)
         return outcome(run)
     if run.config.is_file():
         settings = _as_chosen_then(settings, run)
         config = settings.config
     trackers.check_installed(config.report_to)
-    flight = preflight(config, console, date=run.read_info()["date"] if run.is_run else None)
+    date = run.read_info()["date"] if run.is_run else None
+    tell_start(ranks, settings, path=path, date=date, is_begun=run.is_run)
+    flight = preflight(config, console, date=date)
+    ranks.wait()
     show_report(flight.prepared.report, console)
     show_refused(flight.prepared.report, console)
     require_usable(flight.prepared.report, skip_invalid=config.invalid == "skip")
     console.say("train.first_example")
     console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
-    assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run)
+    assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run, ranks=ranks)
     assembly.loop.plan = replace(assembly.loop.plan, max_skipped=skip_bad)
     with RunLock(path):
         open_output(path, resume=resume)  # another one may have begun meanwhile
@@ -123,6 +141,7 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     events = list(run.read_events())
     watch.replay(events)
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
+    tell_state(assembly, events, start=start)
     saver = Saver(run, assembly.state, flight, config.save_total_limit)
     if start < assembly.loop.plan.num_steps:
         saver.rehearse()
@@ -141,21 +160,15 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
 
 def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: str) -> None:
     """Compare what adapter/ holds, read from there, with the base, and write the report card."""
-    model, events = assembly.loop.engine.model, list(run.read_events())
+    events = list(run.read_events())
     if not any(event["kind"] == "step" for event in events):
         return
-    checkpoint.load_weights(run.adapter, model)
+    checkpoint.load_weights(run.adapter, assembly.loop.engine.model)
     config = assembly.settings.config
     subject = Subject(
         run.path.name, flight.base.title, config.data, events, step=run.adapter_step or 0, seed=config.seed
     )
-    card = make_card(
-        assembly.loop.engine,
-        flight.renderer,
-        subject=subject,
-        trained=flight.prepared.train,
-        held_out=flight.prepared.held_out,
-    )
+    card = card_of(assembly, flight, subject=subject)
     findings = [asdict(finding) for finding in diagnose(card)]
     report.write(run.path, card.to_dict() | {"findings": findings}, lang=lang)
 
@@ -175,6 +188,7 @@ def _take_steps(
 
     told = trackers.start(assembly.accelerator, config, folder=run.path)
     with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
+        loop.raised = lambda: stop.signal
         teller = Teller(run, told, console, screen, config.logging_steps)
         try:
             for event in assembly.sampler.begin() if start == 0 else ():
@@ -185,7 +199,7 @@ def _take_steps(
                 evaluate=assembly.evaluate,
                 save=save,
                 should_save=lambda: watch.wants_save,
-                should_stop=lambda: stop.signal is not None or watch.is_over,
+                should_stop=lambda: loop.signal is not None or watch.is_over,
             ):
                 step = event["step"] if event["kind"] in TAKEN else step
                 for one in chain((event,), watch.see(event), assembly.sampler.see(event)):
@@ -200,4 +214,4 @@ def _take_steps(
             teller.end()
     if watch.is_over:
         console.say("train.stopped_early", step=step, best_step=watch.best_step)
-    return step, stop.signal
+    return step, loop.signal

@@ -92,6 +92,8 @@ def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
     told = {(event["kind"], event["step"]): event for event in _told(run)}
     start = _start(run, num_steps, last=max((step for _, step in told), default=0))
     settings, console = resolve({}, run.config), Console(lang, quiet=True)
+    if settings.config.devices > 1:
+        raise UserError("retake_ranks", where=str(run.path), fix="retake_ranks", n=settings.config.devices)
     flight = preflight(settings.config, console, date=run.read_info()["date"])
     assembly = assemble(settings, flight, folder=run.path, console=console, is_begun=True)
     path = checkpoint.path_of(run.checkpoints, start)

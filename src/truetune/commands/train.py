@@ -11,6 +11,7 @@ from truetune import report
 from truetune.cli import config_options, given
 from truetune.config import resolve
 from truetune.messages import text
+from truetune.place import read_place
 from truetune.rundir import RunDir
 
 
@@ -24,7 +25,7 @@ def command(lang: str) -> click.Command:
         allow_changed: bool,
         skip_bad: int,
         **values: Any,
-    ) -> None:
+    ) -> int:
         flags = given(values, data)
         path = Path(config_file) if config_file else None
         if resume and path is None and flags.get("output_dir"):
@@ -32,14 +33,21 @@ def command(lang: str) -> click.Command:
             saved = RunDir(Path(flags["output_dir"]).expanduser()).config
             path = saved if saved.is_file() else None
         settings = resolve(flags, path)
+        place = read_place()
+        if place.size == 1 and settings.config.devices > 1:
+            from truetune.launch import launch
+
+            return launch(click.get_current_context().obj, settings.config.devices)
         from truetune.console import Console
         from truetune.training import train
 
         console = Console(lang)
         result = train(settings, console, resume=resume, allow_changed=allow_changed, skip_bad=skip_bad)
-        console.blank()
-        report.show(result.path, console)
-        console.say("train.chat", path=result.path)
+        if place.rank == 0:
+            console.blank()
+            report.show(result.path, console)
+            console.say("train.chat", path=result.path)
+        return 0
 
     return click.Command(
         "train",

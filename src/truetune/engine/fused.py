@@ -174,12 +174,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows)
+        # Not a view of rows: FSDP2 hangs its hooks on what a model returns, and warns of views.
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rstd = torch.empty(len(rows), 1, dtype=torch.float32, device=x.device)
-        for rows_b, out_b, rstd_b in _blocks(rows, out, rstd):
+        for rows_b, out_b, rstd_b in _blocks(rows, out.view(rows.shape), rstd):
             out_b.copy_(_norm(rows_b, weight, eps, rstd=rstd_b))
         ctx.save_for_backward(x, weight, rstd)
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

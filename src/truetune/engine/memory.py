@@ -22,6 +22,7 @@ import torch
 
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.errors import UserError
+from truetune.ranks import ALONE, Ranks
 from truetune.records import Pair, Row, pairs_of
 
 # Tokens of one forward, at most: beyond them nothing gets faster (docs/log.md).
@@ -62,22 +63,31 @@ class _Line:
 
 
 def choose_limits(
-    engine: Engine, rows: Sequence[Row], *, max_tokens: int | None = None, is_checkpointed: bool | None = None
+    engine: Engine,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int | None = None,
+    is_checkpointed: bool | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Engine, Limits]:
     """Return the engine with the forward size and recomputation that fit into memory; None leaves them to be chosen.
+
+    All of `ranks` measure at the same time, and the one with the least room decides for all.
 
     Raises: UserError naming the longest row, and what would fit, if it does not fit even with recomputation.
     """
     longest = max(rows, key=lambda row: max(map(len, row.pairs)))
     longest_tokens = max(map(len, longest.pairs))
     used = _used_bytes(engine.device)  # with what the comparison before took and the allocator kept
-    budget = used + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
+    ranks.wait()
+    num_sharing = 1 if engine.device.type == "cuda" else ranks.place.local_size
+    budget = used + int(MEMORY_SHARE * free_bytes(engine.device) / num_sharing) - _optimizer_bytes(engine)
     choices = [False, True] if is_checkpointed is None else [is_checkpointed]
     for choice in choices:
         set_checkpointing(engine, is_on=choice)
         line = _measure(engine, pairs_of(rows))
-        if line.peak(longest_tokens) <= budget:
-            size = max_tokens or _power_of_two(line.tokens_within(budget), engine.device)
+        if ranks.least(budget - line.peak(longest_tokens)) >= 0:
+            size = max_tokens or _power_of_two(int(ranks.least(line.tokens_within(budget))), engine.device)
             peak = max(line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine), used)
             return replace(engine, max_tokens=size), Limits(size, choice, peak, line.seconds_per_token)
     fits = max(line.tokens_within(budget), 0)

@@ -14,7 +14,7 @@ split (transformers#34191 is the bug of dividing per forward).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class Engine:
     """A model and how pairs run through it.
 
     `max_tokens`: of one forward, padding included. `scaled_from`: longer pairs share no forward (see `split_pairs`).
+    `is_sharded`: the base is spread over ranks, so that a forward runs on all of them or on none.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Engine:
     pad_id: int
     max_tokens: int
     scaled_from: int | None = None
+    is_sharded: bool = False
 
     @property
     def transformer(self) -> Any:
@@ -83,8 +85,27 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A rank's part of a step.
+
+    `num_learned_tokens`: of all ranks together, which the loss is divided by; None: those of the forwards. `rank` of
+    `num_ranks`: every forward of the step, on whichever rank, has a dropout seed of its own.
+    """
+
+    num_learned_tokens: int | None = None
+    rank: int = 0
+    num_ranks: int = 1
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the step's learned tokens, in nats; `num_tokens`: tokens computed, padding included."""
+    """`loss`: mean over the step's learned tokens, in nats; `num_tokens`: tokens computed, padding included.
+
+    Of a share: what it adds to both; `num_learned_tokens` is the whole step's.
+    """
 
     loss: float
     num_learned_tokens: int
@@ -236,19 +257,28 @@ def running(engine: Engine) -> Iterator[None]:
 
 
 def train_step(
-    engine: Engine, forwards: Sequence[Forward], *, seeds: tuple[int, int], backward: Callable[[torch.Tensor], None]
+    engine: Engine,
+    forwards: Sequence[Forward],
+    *,
+    seeds: tuple[int, int],
+    backward: Callable[[torch.Tensor], None],
+    share: Share = WHOLE,
 ) -> StepResult:
-    """Add the gradient of one optimizer step to the parameters. `seeds`: (run seed, step), for dropout.
+    """Add the gradient of one optimizer step, or of a rank's share of it, to the parameters.
+
+    `seeds`: (run seed, step), for dropout.
 
     Raises: ValueError if nothing is learned in the step; the preflight lets no such row through.
     """
-    num_learned_tokens = sum(int(forward.weights_E.sum()) for forward in forwards)
+    num_learned_tokens = share.num_learned_tokens
+    if num_learned_tokens is None:
+        num_learned_tokens = sum(int(forward.weights_E.sum()) for forward in forwards)
     if num_learned_tokens == 0:
         raise ValueError(f"step {seeds[1]} holds no learned token")
     loss_sum = 0.0
     with running(engine):
         for number, forward in enumerate(forwards):
-            torch.manual_seed(dropout_seed(*seeds, forward=number))
+            torch.manual_seed(dropout_seed(*seeds, forward=number * share.num_ranks + share.rank))
             loss = forward_loss(engine, forward) / num_learned_tokens
             backward(loss)
             loss_sum += loss.item()
@@ -256,11 +286,15 @@ def train_step(
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
-    """Return the mean loss (nats a learned token) of `pairs` without dropout; the model's mode is restored."""
+def held_out_sum(engine: Engine, forwards: Iterable[Forward]) -> float:
+    """Return the summed loss (nats) of `forwards` without dropout; the model's mode is restored."""
     with evaluating(engine.model), running(engine):
-        loss_sum = sum(forward_loss(engine, forward).item() for forward in make_forwards(engine, pairs))
-    return float(loss_sum) / sum(len(pair.answer_ids) for pair in pairs)
+        return sum(float(forward_loss(engine, forward).item()) for forward in forwards)
+
+
+def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
+    """Return the mean loss (nats a learned token) of `pairs` without dropout."""
+    return held_out_sum(engine, make_forwards(engine, pairs)) / sum(len(pair.answer_ids) for pair in pairs)
 
 
 @contextmanager

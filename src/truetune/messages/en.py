@@ -96,6 +96,8 @@ TEXTS = {
     "field.report_to": "Trackers: swanlab, tensorboard.",
     "field.tracker_project": "Project name in the tracker.",
     "field.tracker_name": "Experiment name in the tracker (the run's folder name).",
+    "field.devices": "Processes that train together on this machine; under torchrun, as many as it started.",
+    "field.strategy": "With several devices: replicate (each has the base) or shard (its layers are spread over them).",
     "field.output_dir": "Folder of the run (runs/<data>-<model>-NNN).",
     "field.lang": "Language of all messages: en, zh or auto (from the locale).",
     # --- what is shown ---

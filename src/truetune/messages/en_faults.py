@@ -312,8 +312,6 @@ TEXTS = {
     "fix.run_no_adapter": "Continue it: truetune train --resume --output-dir {path}",
     "error.accelerate_settings": "gradient accumulation or mixed precision is set by accelerate's environment",
     "fix.accelerate_settings": "Start truetune itself, not through accelerate launch; batch_size and dtype set both.",
-    "error.several_devices": "{n} processes were started",
-    "fix.several_devices": "Start one: several devices are not supported yet.",
     "error.tracker_refused": "the tracker cannot start: {problem}",
     "fix.tracker_refused": "Log in (swanlab login), or write to disk only: SWANLAB_MODE=offline; "
     "project names use letters, digits and - _ . +",

@@ -96,6 +96,8 @@ TEXTS = {
     "field.report_to": "跟踪器：swanlab、tensorboard。",
     "field.tracker_project": "跟踪器里的项目名。",
     "field.tracker_name": "跟踪器里的实验名（默认为训练文件夹名）。",
+    "field.devices": "本机上一起训练的进程数；由 torchrun 启动时，以它启动的进程数为准。",
+    "field.strategy": "多设备时：replicate（每个设备都有完整的基座）或 shard（基座的各层分散在各设备上）。",
     "field.output_dir": "训练的文件夹（默认 runs/<数据>-<模型>-NNN）。",
     "field.lang": "所有消息的语言：en、zh 或 auto（按系统语言）。",
     # --- 显示 ---

@@ -308,8 +308,6 @@ TEXTS = {
     "fix.run_no_adapter": "继续它：truetune train --resume --output-dir {path}",
     "error.accelerate_settings": "accelerate 的环境变量设置了梯度累积或混合精度",
     "fix.accelerate_settings": "请直接启动 truetune，不要用 accelerate launch；两者由 batch_size 和 dtype 决定。",
-    "error.several_devices": "启动了 {n} 个进程",
-    "fix.several_devices": "请只启动一个：还不支持多个设备。",
     "error.tracker_refused": "跟踪器无法启动：{problem}",
     "fix.tracker_refused": "请登录（swanlab login），或只写到磁盘：SWANLAB_MODE=offline；"
     "项目名只用字母、数字和 - _ . +",

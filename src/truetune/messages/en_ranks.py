@@ -1,0 +1,25 @@
+"""Texts of faults of several devices and machines."""
+
+TEXTS = {
+    "error.ranks_incomplete": "{n} processes are to train together, but {names} is not set",
+    "fix.ranks_incomplete": "Start with --devices N on one machine, or by torchrun on several; else unset WORLD_SIZE.",
+    "error.ranks_number": "{value!r} is no number",
+    "error.ranks_unused": "{n} processes were started, but this would run in each of them alone",
+    "fix.ranks_unused": "Start it without torchrun; `truetune train` is what trains in several processes.",
+    "error.ranks_differ": "this rank would train another run than rank 0: {names}",
+    "fix.ranks_differ": "Give all machines the same files and versions; name dtype and attention instead of auto.",
+    "error.rank_lost": "the connection to another rank broke; the newest checkpoint stands",
+    "error.rank_killed": "rank {rank} was ended by {signal}; the newest checkpoint stands",
+    "fix.rank_lost": "Look at that machine's memory and logs; then the same command with --resume --output-dir RUN.",
+    "error.devices_not_started": "devices is {n}, but this is one process",
+    "fix.devices_not_started": "Use the command line: truetune train ... --devices {n}, or torchrun.",
+    "error.devices_twice": "--devices {asked}, but torchrun started {n} processes",
+    "fix.devices_twice": "Leave --devices out under torchrun.",
+    "error.shard_alone": "strategy: shard spreads the base over several devices, and there is one",
+    "fix.shard_alone": "Add --devices N, or take strategy: replicate.",
+    "error.shard_no_layers": "{name} has no list of layers that can be spread",
+    "error.shard_all_trained": "the layers' own weights are trained; only frozen ones can be spread",
+    "fix.shard_other": "Take strategy: replicate.",
+    "error.retake_ranks": "the run was trained by {n} processes; one alone adds in another order, so the bits differ",
+    "fix.retake_ranks": "Leave --resume-exact out: the files are compared all the same.",
+}

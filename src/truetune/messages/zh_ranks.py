@@ -1,0 +1,25 @@
+"""Texts of faults of several devices and machines, in Chinese."""
+
+TEXTS = {
+    "error.ranks_incomplete": "应有 {n} 个进程一起训练，但没有设置 {names}",
+    "fix.ranks_incomplete": "单机用 --devices N 启动，多机用 torchrun 启动；否则请取消 WORLD_SIZE。",
+    "error.ranks_number": "{value!r} 不是数字",
+    "error.ranks_unused": "启动了 {n} 个进程，但这里每个进程都会各自单独运行",
+    "fix.ranks_unused": "请不要用 torchrun 启动；能用多个进程训练的是 truetune train。",
+    "error.ranks_differ": "这个 rank 要训练的内容与 rank 0 不同：{names}",
+    "fix.ranks_differ": "请让所有机器的文件和版本一致；dtype 和 attention 请写明，不要用 auto。",
+    "error.rank_lost": "与另一个 rank 的连接断开了；最新的检查点完好",
+    "error.rank_killed": "rank {rank} 被 {signal} 结束；最新的检查点完好",
+    "fix.rank_lost": "请检查那台机器的内存和日志；然后用同样的命令加 --resume --output-dir RUN 继续。",
+    "error.devices_not_started": "devices 是 {n}，但这里只有一个进程",
+    "fix.devices_not_started": "请用命令行：truetune train ... --devices {n}，或者 torchrun。",
+    "error.devices_twice": "--devices 是 {asked}，但 torchrun 启动了 {n} 个进程",
+    "fix.devices_twice": "用 torchrun 时请去掉 --devices。",
+    "error.shard_alone": "strategy: shard 要把基座分散到多个设备，但只有一个",
+    "fix.shard_alone": "请加上 --devices N，或改用 strategy: replicate。",
+    "error.shard_no_layers": "{name} 没有可以分散的层列表",
+    "error.shard_all_trained": "各层自身的权重也在训练；只有冻结的权重可以分散",
+    "fix.shard_other": "请改用 strategy: replicate。",
+    "error.retake_ranks": "这次训练用了 {n} 个进程；单个进程的求和顺序不同，不会逐位相同",
+    "fix.retake_ranks": "请去掉 --resume-exact：文件仍会逐个核对。",
+}
