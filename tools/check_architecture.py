@@ -18,10 +18,13 @@ PACKAGE = ROOT / "src" / "truetune"
 HEAVY = {"torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"}
 MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
+PARTS = ("", "_faults", "_full", "_report", "_studio")
+"""Files of the catalogue, in each language."""
+
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in PARTS},
+    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in PARTS},
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -64,12 +67,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.step": {"records", "engine.attention", "engine.loss", "engine.trie"},
     "engine.score": {"records", "engine.step", "engine.trie"},
     "engine.compare": {"records", "engine.attention", "engine.fused", "engine.step", "engine.trie"},
+    "engine.master": set(),
     "engine.memory": {"errors", "records", "engine.step"},
     "hub": {"errors"},
     "weights": {"errors"},
-    "fingerprint": {"config", "disk"},
+    "fingerprint": {"config", "disk", "weights"},
     "model": {"errors", "config", "fingerprint", "hub", "weights", "engine.*"},
-    "checkpoint": {"disk", "errors"},
+    "trained": {"disk", "engine.master", "model", "weights"},
+    "checkpoint": {"disk", "engine.master", "errors", "trained", "weights"},
     "watch": set(),
     "loop": {"errors", "records", "engine.*"},
     "generate": {"errors", "records", "data.template", "model"},
@@ -79,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting", "samples"},
     "diagnosis": {"card"},
     "templates": set(),
-    "report": {"console", "disk", "messages", "templates"},
+    "report": {"console", "disk", "messages", "rundir", "templates"},
     "identity": {"disk", "errors", "records", "data.template"},
     "trackers": {"errors", "config", "signals"},
     "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
@@ -147,7 +152,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studio.keeper": set(),
     "studio.series": set(),
     "studio.runs": {"config", "disk", "errors", "lock", "report", "rundir", "studio.series"},
-    "studio.rows": {"config", "data.store", "disk", "errors", "records"},
+    "studio.rows": {"config", "data.store", "disk", "errors", "records", "rundir"},
     "studio.live": {"disk", "rundir", "studio.runs"},
     "studio.places": {"disk", "errors"},
     "studio.fields": {"config", "errors", "messages"},

@@ -176,7 +176,7 @@ class Loop:
         Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite and no more steps
         may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
-        parameters = [parameter for parameter in self.engine.model.parameters() if parameter.requires_grad]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
             self.optimizer.zero_grad(set_to_none=True)

@@ -22,7 +22,7 @@ Sides = tuple[StoredRows, StoredRows]
 """(rows to train on, rows held out)."""
 
 FEW_STEPS = 30
-USUAL_LEARNING_RATES = (2e-5, 5e-3)
+USUAL_LEARNING_RATES = {"lora": (2e-5, 5e-3), "full": (5e-7, 2e-4)}
 ALIKE_SHARE = 0.5
 SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
@@ -112,14 +112,15 @@ def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
 def _diagnose(config: Config, counts: dict[str, Any], sides: Sides) -> Sequence[tuple[str, dict[str, Any]]]:
     """Return (key, values) of what is likely to disappoint."""
     train, held_out = sides
-    lowest, highest = USUAL_LEARNING_RATES
+    lowest, highest = USUAL_LEARNING_RATES[config.finetuning]
+    rate = f"learning_rate_{config.finetuning}"
     _, repeats = np.unique(train.of_rows("answer_hash"), return_counts=True)
     alike = repeats.max(initial=0) / max(len(train), 1)
     system_share = float(train.of_rows("has_system").mean()) if len(train) else 0.0
     template_share = counts["learned_template_tokens"] / max(counts["learned_tokens"], 1)
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (counts["steps"] < FEW_STEPS, "few_steps", {"steps": counts["steps"]}),
-        (not lowest <= config.learning_rate <= highest, "learning_rate", {"rate": config.learning_rate}),
+        (not lowest <= config.learning_rate <= highest, rate, {"rate": config.learning_rate}),
         (counts["exact_duplicates"] > 0, "duplicates", {"count": counts["exact_duplicates"]}),
         (counts["other_answers"] > 0, "other_answers", {"count": counts["other_answers"]}),
         (counts["rows_overlapping"] > 0, "overlap", {"count": counts["rows_overlapping"]}),
