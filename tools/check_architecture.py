@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.tally": {"errors"},
     "data.report": {
         *("config", "errors", "messages", "records"),
-        *("data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
+        *("data.lengths", "data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
     },
     "data.batches": {
         *("config", "errors", "records"),

@@ -163,7 +163,13 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
     assembly.state.trained.show(run.result)
     config = assembly.settings.config
     subject = Subject(
-        run.path.name, flight.base.title, config.data, events, step=run.result_step or 0, seed=config.seed
+        run.path.name,
+        flight.base.title,
+        config.data,
+        events,
+        step=run.result_step or 0,
+        seed=config.seed,
+        finetuning=config.finetuning,
     )
     card = make_card(
         assembly.loop.engine,

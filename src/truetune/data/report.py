@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from truetune.config import Config
+from truetune.data.lengths import overlap_of
 from truetune.data.store import StoredRows
 from truetune.data.tally import Tally
 from truetune.data.template import Renderer
@@ -36,9 +37,10 @@ def make_report(
     steps = num_steps(config, len(train) if mix is None else len(mix))
     lengths = np.concatenate([side.lengths(0, 1) for side in sides])
     rows, prompts = (np.concatenate([side.of_rows(name) for side in sides]) for name in ("row_hash", "prompt_hash"))
+    is_piece = np.concatenate([side.of_rows("is_piece").astype(bool) for side in sides])
     counts: dict[str, Any] = {
         "exact_duplicates": len(rows) - len(np.unique(rows)),
-        "other_answers": _num_other_answers(prompts, rows),
+        "other_answers": _num_other_answers(prompts[~is_piece], rows[~is_piece]),
         "rows_overlapping": int(np.isin(held_out.of_rows("prompt_hash"), train.of_rows("prompt_hash")).sum()),
         "rows_cut": tally.num_cut,
         "pairs": len(lengths),
@@ -59,7 +61,7 @@ def make_report(
         quantiles=quantiles,
         formats=dict(tally.formats),
         diagnosis=[text(f"diagnosis.{key}", lang, **values) for key, values in _diagnose(config, counts, sides)],
-        notes=list(_notes(renderer, tally, lang)),
+        notes=list(_notes(config, renderer, tally, lang)),
         **counts,
     )
 
@@ -93,12 +95,19 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     return sum(count_prefixes(batch.sequences()) for batch in batches)
 
 
-def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
+def _notes(config: Config, renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
     for name, count in tally.ignored.items():
         yield text("note.ignored_key", lang, name=name, count=count)
     preferred = sum(count for name, count in tally.formats.items() if name.startswith("preference"))
     if preferred:
         yield text("note.preference", lang, count=preferred)
+    if tally.formats["text"]:
+        stop = renderer.tokenizer.decode([renderer.stop_ids[0]])
+        yield text("note.texts", lang, count=tally.formats["text"], stop=stop)
+    if tally.num_split:
+        pieces, limit = tally.num_split + tally.num_added, config.max_length
+        values = {"pieces": pieces, "max_length": limit, "overlap": overlap_of(limit)}
+        yield text("note.pieces", lang, texts=tally.num_split, **values)
     if tally.num_cut:
         yield text("note.cut", lang, count=tally.num_cut)
     if renderer.appends_stop:

@@ -260,7 +260,7 @@ TEXTS = {
     "merge.system": "The run's system prompt is not in the weights; other tools must send it: {system}",
     "export.done": "Written: {path} ({kind}, {size:,.1f} MB)",
     "export.drift": (
-        "{reader}, compared with base and adapter on {tokens} tokens of {pairs} answers: KL {kl:.1e} nats a token, "
+        "{reader}, compared with what was trained on {tokens} tokens of {pairs} answers: KL {kl:.1e} nats a token, "
         "the same likeliest token at {same:.1%}, else preferred by {gap:.2f} at most."
     ),
     "export.prompts": "llama.cpp reads {same} of {reachable} prompts as the token ids of training.",

@@ -28,8 +28,13 @@ TEXTS = {
     "diagnosis.learning_rate_full": (
         "Learning rate {rate:g} is far from what full fine-tuning usually needs (5e-6 to 5e-5)."
     ),
+    "card.no_change_rate_full": (
+        "Nothing changed (loss {before:.3f} → {after:.3f} on {rows} rows): the learning rate was at most {rate:.1e}, "
+        "far below what full fine-tuning needs. Take 5e-6 to 5e-5."
+    ),
     "error.config_not_lora": "{name} is LoRA's, and finetuning is full: there is no LoRA",
     "fix.config_not_lora": "Remove {name}, or finetuning: full.",
+    "fix.data_text_large": "Divide it into several files; what follows the end of one is not learned anyway.",
     "error.full_too_large": (
         "full fine-tuning needs {needed:.1f} GB at least as {dtype} ({each} bytes a weight), {free:.1f} GB are free"
     ),

@@ -250,7 +250,7 @@ TEXTS = {
     "merge.system": "训练时的系统提示不在权重里，其他工具需要自己发送：{system}",
     "export.done": "已写下：{path}（{kind}，{size:,.1f} MB）",
     "export.drift": (
-        "{reader} 与基座加适配器比较（{pairs} 条回答，{tokens} 个 token）：每 token KL {kl:.1e} nats，"
+        "{reader} 与训练结果比较（{pairs} 条回答，{tokens} 个 token）：每 token KL {kl:.1e} nats，"
         "最可能 token 相同的占 {same:.1%}，不同处最多相差 {gap:.2f}。"
     ),
     "export.prompts": "{reachable} 条提示中，llama.cpp 读出的 token 与训练时相同的有 {same} 条。",

@@ -23,8 +23,13 @@ TEXTS = {
         "连同结果共 {total:.1f} GB。"
     ),
     "diagnosis.learning_rate_full": "学习率 {rate:g} 与全参数微调通常需要的（5e-6 到 5e-5）相差很远。",
+    "card.no_change_rate_full": (
+        "没有变化（{rows} 条样本，损失 {before:.3f} → {after:.3f}）：学习率最高只有 {rate:.1e}，"
+        "远低于全参数微调所需。请用 5e-6 到 5e-5。"
+    ),
     "error.config_not_lora": "{name} 只属于 LoRA，而 finetuning 是 full：没有 LoRA",
     "fix.config_not_lora": "去掉 {name}，或去掉 finetuning: full。",
+    "fix.data_text_large": "请分成几个文件；文件结尾之后的内容本来就不会连着学。",
     "error.full_too_large": (
         "以 {dtype} 全参数微调至少需要 {needed:.1f} GB（每个权重 {each} 字节），空闲 {free:.1f} GB"
     ),
