@@ -62,7 +62,8 @@ def _need(base: Base, dtype: str, console: Console) -> str:
     """Return what is said of the memory that full fine-tuning needs at least, whatever the data are."""
     chosen, _ = choose_dtype(dtype)
     each, count = FULL_BYTES[chosen], count_parameters(base.folder)
-    return console.text(f"note.full_{chosen}", each=each, count=count, gigabytes=each * count / 1e9)
+    key = "note.full" if chosen == "float32" else "note.full_copy"
+    return console.text(key, each=each, count=count, gigabytes=each * count / 1e9)
 
 
 def _check_ids(base: Base, prepared: Prepared) -> None:

@@ -56,7 +56,7 @@ def num_embeddings(folder: Path) -> int | None:
     return None
 
 
-def require_memory(folder: Path, *, name: str, dtype: str, is_full: bool, free_bytes: int) -> None:
+def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int, is_full: bool = False) -> None:
     """Raise MachineError, with the numbers, if what no setting makes smaller would not fit into what is free.
 
     That is the weights; of full fine-tuning (`is_full`) also their gradients and moments.

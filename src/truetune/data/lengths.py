@@ -83,10 +83,10 @@ def overlap_of(max_length: int) -> int:
 def split_text(pair: Pair, *, max_length: int, begin: tuple[int, ...]) -> list[Pair]:
     """Return the pieces of a text that is longer than `max_length` tokens; each token is learned in exactly one.
 
-        text     <bos> a b c d e f g h i <eos>          max_length 6, 2 tokens of overlap
+        text     <bos> a b c d e f g h i <eos>          max_length 6, 1 token of overlap
         piece 1  <bos> | a b c d e                      <bos> read, the rest learned
-        piece 2  <bos> d e | f g h
-        piece 3  <bos> g h | i <eos>
+        piece 2  <bos> e | f g h i
+        piece 3  <bos> i | <eos>
 
     As at inference, every piece begins with `begin`: the token bos, or nothing where the tokenizer writes none.
     """

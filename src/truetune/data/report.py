@@ -23,7 +23,7 @@ Sides = tuple[StoredRows, StoredRows]
 """(rows to train on, rows held out)."""
 
 FEW_STEPS = 30
-USUAL_LEARNING_RATES = {"lora": (2e-5, 5e-3), "full": (5e-7, 2e-4)}
+USUAL_LEARNING_RATES = {"lora": ("learning_rate", 2e-5, 5e-3), "full": ("learning_rate_full", 5e-7, 2e-4)}
 ALIKE_SHARE = 0.5
 SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
@@ -121,8 +121,7 @@ def _notes(config: Config, renderer: Renderer, tally: Tally, lang: str) -> Itera
 def _diagnose(config: Config, counts: dict[str, Any], sides: Sides) -> Sequence[tuple[str, dict[str, Any]]]:
     """Return (key, values) of what is likely to disappoint."""
     train, held_out = sides
-    lowest, highest = USUAL_LEARNING_RATES[config.finetuning]
-    rate = f"learning_rate_{config.finetuning}"
+    rate, lowest, highest = USUAL_LEARNING_RATES[config.finetuning]
     _, repeats = np.unique(train.of_rows("answer_hash"), return_counts=True)
     alike = repeats.max(initial=0) / max(len(train), 1)
     system_share = float(train.of_rows("has_system").mean()) if len(train) else 0.0

@@ -130,7 +130,7 @@ TEXTS = {
     "note.opens_thinking": "The template opens a thinking block; {count} answers without reasoning learn an empty one.",
     "note.reads_clock": "The template writes the date; it is frozen at {date} for training and use.",
     "diagnosis.few_steps": "Only {steps} steps: the model will hardly change. Add rows, or raise num_train_epochs.",
-    "diagnosis.learning_rate_lora": "Learning rate {rate:g} is far from what LoRA usually needs (1e-4 to 1e-3).",
+    "diagnosis.learning_rate": "Learning rate {rate:g} is far from what LoRA usually needs (1e-4 to 1e-3).",
     "diagnosis.duplicates": "{count} rows are exact duplicates; they weigh double.",
     "diagnosis.overlap": "{count} held-out rows have a prompt that is trained, too; their loss says little.",
     "diagnosis.one_row": "There is one example only; the model will repeat it.",

@@ -5,11 +5,11 @@ TEXTS = {
         "What is trained: lora (small matrices beside the weights) or full (every weight; 16 to 18 bytes of memory "
         "each; learning_rate is then 1e-5 by default, since whole weights need to move far less than LoRA's)."
     ),
-    "note.full_float32": (
+    "note.full": (
         "Full fine-tuning needs {gigabytes:.1f} GB at least: {each} bytes for each of {count:,} weights "
         "(weight, gradient and AdamW's two moments in fp32); activations come on top."
     ),
-    "note.full_bfloat16": (
+    "note.full_copy": (
         "Full fine-tuning needs {gigabytes:.1f} GB at least: {each} bytes for each of {count:,} weights "
         "(weight, gradient and AdamW's two moments in fp32, and a bfloat16 copy to compute with); activations come "
         "on top."

@@ -28,7 +28,7 @@ TEXTS = {
     "card.no_change_known": (
         "Nothing changed: the base gives these answers already (loss {before:.3f} → {after:.3f} on {rows} rows)."
     ),
-    "card.no_change_rate_lora": (
+    "card.no_change_rate": (
         "Nothing changed (loss {before:.3f} → {after:.3f} on {rows} rows): the learning rate was at most {rate:.1e}, "
         "far below what LoRA needs. Take 1e-4 to 1e-3."
     ),

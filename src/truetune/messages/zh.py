@@ -130,7 +130,7 @@ TEXTS = {
     "note.opens_thinking": "模板会打开思考块；有 {count} 个没有思考内容的回答会学到空的思考块。",
     "note.reads_clock": "模板会写日期；训练和使用都固定为 {date}。",
     "diagnosis.few_steps": "只有 {steps} 步：模型几乎不会变。请增加样本，或调大 num_train_epochs。",
-    "diagnosis.learning_rate_lora": "学习率 {rate:g} 与 LoRA 通常需要的（1e-4 到 1e-3）相差很远。",
+    "diagnosis.learning_rate": "学习率 {rate:g} 与 LoRA 通常需要的（1e-4 到 1e-3）相差很远。",
     "diagnosis.duplicates": "有 {count} 条完全重复的样本，权重会加倍。",
     "diagnosis.overlap": "有 {count} 条留出样本的提示也在训练样本里，它们的损失说明不了什么。",
     "diagnosis.one_row": "只有一条样本，模型会照背。",

@@ -5,11 +5,11 @@ TEXTS = {
         "训练什么：lora（权重旁边的小矩阵）或 full（全部权重，每个权重占 16 到 18 字节内存；"
         "此时 learning_rate 默认为 1e-5，因为整个权重需要移动的幅度远小于 LoRA）。"
     ),
-    "note.full_float32": (
+    "note.full": (
         "全参数微调至少需要 {gigabytes:.1f} GB：{count:,} 个权重，每个 {each} 字节"
         "（fp32 的权重、梯度和 AdamW 的两个动量）；激活值另计。"
     ),
-    "note.full_bfloat16": (
+    "note.full_copy": (
         "全参数微调至少需要 {gigabytes:.1f} GB：{count:,} 个权重，每个 {each} 字节"
         "（fp32 的权重、梯度和 AdamW 的两个动量，以及用来计算的 bfloat16 副本）；激活值另计。"
     ),

@@ -26,7 +26,7 @@ TEXTS = {
         "要么学习率太低，要么从提问推不出回答。"
     ),
     "card.no_change_known": "没有变化：基座本来就这样回答（{rows} 条样本，损失 {before:.3f} → {after:.3f}）。",
-    "card.no_change_rate_lora": (
+    "card.no_change_rate": (
         "没有变化（{rows} 条样本，损失 {before:.3f} → {after:.3f}）：学习率最高只有 {rate:.1e}，"
         "远低于 LoRA 所需。请用 1e-4 到 1e-3。"
     ),
