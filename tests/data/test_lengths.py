@@ -81,7 +81,7 @@ def test_every_token_of_a_text_is_learned_once(num_tokens: int, max_length: int,
 
 
 def test_the_drawing_of_a_split_text() -> None:
-    text = Pair((1,), tuple(range(10, 19)) + (2,))
+    text = Pair((1,), (*range(10, 19), 2))
     pieces = split_text(text, max_length=16, begin=(1,))
     assert pieces == [text]
     pieces = split_text(text, max_length=6, begin=(1,))
