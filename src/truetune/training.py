@@ -125,7 +125,7 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
     saver = Saver(run, assembly.state, flight, config.save_total_limit)
     if start < assembly.loop.plan.num_steps:
-        _require_disk(saver, console, most=config.save_total_limit + 2)
+        _require_disk(saver, console, most=max(config.save_total_limit, checkpoint.MIN_KEPT) + 2)
         saver.rehearse()
     for event in assembly.events:
         record(run, event)
