@@ -19,7 +19,7 @@ from bench.recipe import RESULTS
 from bench.report import describe_machine
 
 SAVE_STEPS = 20
-PARTS = ("rehearse", "save", "write_adapter")
+PARTS = ("rehearse", "save", "write_result")
 
 
 def measure(folder: Path) -> dict[str, list[float]]:

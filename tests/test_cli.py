@@ -186,6 +186,7 @@ VALUES = {
     "gradient_accumulation_steps": "5",
     "num_train_epochs": "1.5",
     "max_steps": "7",
+    "finetuning": "full",
     "learning_rate": "1e-4",
     "lr_scheduler_type": "linear",
     "warmup_ratio": "0.5",
@@ -232,7 +233,8 @@ def test_every_flag_reaches_the_configuration(key: str, form: str, trained: list
     assert settings.origins[target] == flag
     assert getattr(settings.config, target) != Config.model_fields[target].get_default(call_default_factory=True)
     changed = {name for name, origin in settings.origins.items() if origin != "default"}
-    assert changed == {target, "data"}
+    # Full fine-tuning brings a learning rate of its own.
+    assert changed == {target, "data", *(["learning_rate"] if key == "finetuning" else [])}
 
 
 def test_underscores_are_dashes(trained: list[Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from truetune.config import Config, Settings, cache_dir, dump, language, load_yaml, resolve, unknown_key
 from truetune.errors import UserError, UserErrors
+from truetune.messages import text
 
 Write = Callable[..., Path]
 
@@ -184,6 +185,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("num_train_epochs", 0),
     ("num_train_epochs", "three"),
     ("max_steps", 0),
+    ("finetuning", "freeze"),
     ("learning_rate", 0),
     ("learning_rate", -1e-4),
     ("learning_rate", "nan"),
@@ -246,7 +248,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 63
+    assert len(BAD_VALUES) == 64
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}
@@ -303,6 +305,34 @@ def test_a_key_like_no_other_gets_no_suggestion() -> None:
 
 
 # --- keys that belong together ---
+
+
+def test_full_fine_tuning_has_a_learning_rate_of_its_own(write_json: Write) -> None:
+    """1e-5, said where it comes from; what the user gave stands, wherever it was given, LoRA's default included."""
+    settings = resolve({"finetuning": "full"})
+    assert (settings.config.learning_rate, settings.origins["learning_rate"]) == (1e-5, "finetuning: full")
+    assert "1e-5" in text("field.finetuning", "en")
+    assert "1e-5" in text("field.finetuning", "zh")
+    given = resolve({"finetuning": "full", "learning_rate": 2e-4})
+    assert (given.config.learning_rate, given.origins["learning_rate"]) == (2e-4, "--learning-rate")
+    path = write_json("finetuning: full\nlearning_rate: 3.0e-5\n", "c.yaml")
+    assert resolve({}, path).config.learning_rate == 3e-5
+    assert resolve({}).config.learning_rate == 2e-4
+
+
+def test_loras_keys_are_refused_with_full_fine_tuning_all_at_once(write_json: Write) -> None:
+    """Each where it stands, also with LoRA's own default; and a full run's own configuration is loaded again."""
+    path = write_json("finetuning: full\nlora_r: 16\nseed: 3\n", "c.yaml")
+    found = faults({"lora_alpha": 8, "target_modules": "q_proj"}, path)
+    assert {name: (error.key, error.where) for name, error in found.items()} == {
+        "lora_r": ("config_not_lora", f"{path}:2"),
+        "lora_alpha": ("config_not_lora", "--lora-alpha"),
+        "target_modules": ("config_not_lora", "--target-modules"),
+    }
+    config = resolve({"finetuning": "full", "seed": 3}).config
+    saved = write_json(dump(config), "saved.yaml")
+    assert "lora" not in saved.read_text()
+    assert resolve({}, saved).config == config
 
 
 @pytest.mark.parametrize(

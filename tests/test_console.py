@@ -74,7 +74,7 @@ def test_a_line_longer_than_any_screen_is_not_wrapped(capsys: pytest.CaptureFixt
     console.pair_view(Letters(), pair(line, "answer"))
     assert [len(found) for found in capsys.readouterr().out.splitlines()] == [
         len(line),
-        len(line) + len("Adapter: "),
+        len(line) + len("Result: "),
         len(line) + len("⟦answer⟧"),
     ]
 

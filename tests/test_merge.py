@@ -19,7 +19,8 @@ from truetune import merge as module
 from truetune.disk import damage
 from truetune.drift import MAX_ROWS, answer_logits, compare, model_logits
 from truetune.errors import UserError
-from truetune.merge import load_with_reference, merge, stop_ids
+from truetune.identity import stop_ids
+from truetune.merge import load_with_reference, merge
 from truetune.source import find
 
 EXACT = 1e-4

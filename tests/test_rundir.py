@@ -253,7 +253,7 @@ def test_outcome_is_that_of_the_adapter(run: RunDir) -> None:
     for step, loss in ((0, 3.0), (4, 1.0), (8, 2.0)):
         run.append({"kind": "eval", "step": step, "eval_loss": loss})
     assert outcome(run).eval_loss_after == 2.0
-    with staged(run.adapter, step=4):
+    with staged(run.result, step=4):
         pass
     assert (outcome(run).eval_loss_before, outcome(run).eval_loss_after) == (3.0, 1.0)
 

@@ -20,14 +20,8 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {
-        f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_ranks", "_report", "_studio")
-    },
-    **{
-        f"messages.{lang}{part}": set()
-        for lang in ("en", "zh")
-        for part in ("", "_faults", "_ranks", "_report", "_studio")
-    },
+    "messages": set(),
+    **{f"messages.{path.stem}": set() for path in (PACKAGE / "messages").glob("??*.py") if path.stem != "__init__"},
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -53,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.tally": {"errors"},
     "data.report": {
         *("config", "errors", "messages", "records"),
-        *("data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
+        *("data.lengths", "data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
     },
     "data.batches": {
         *("config", "errors", "records"),
@@ -75,12 +69,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.shard": {"errors"},
     "engine.score": {"records", "engine.step", "engine.trie"},
     "engine.compare": {"records", "engine.attention", "engine.fused", "engine.step", "engine.trie"},
+    "engine.master": set(),
     "engine.memory": {"errors", "ranks", "records", "engine.step"},
     "hub": {"errors"},
     "weights": {"errors"},
-    "fingerprint": {"config", "disk"},
+    "fingerprint": {"config", "disk", "weights"},
     "model": {"errors", "config", "fingerprint", "hub", "weights", "engine.*"},
-    "checkpoint": {"disk", "errors", "ranks"},
+    "trained": {"disk", "engine.master", "model", "weights"},
+    "checkpoint": {"disk", "engine.master", "errors", "ranks", "trained", "weights"},
     "watch": set(),
     "loop": {"errors", "ranks", "records", "signals", "engine.*"},
     "generate": {"errors", "records", "data.template", "model"},
@@ -90,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"records", "engine.*", "data.template", "generate", "evaluate", "forgetting", "samples"},
     "diagnosis": {"card"},
     "templates": set(),
-    "report": {"console", "disk", "messages", "templates"},
+    "report": {"console", "disk", "messages", "rundir", "templates"},
     "identity": {"disk", "errors", "records", "data.template"},
     "trackers": {"errors", "config", "signals"},
     "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
@@ -164,7 +160,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studio.keeper": set(),
     "studio.series": set(),
     "studio.runs": {"config", "disk", "errors", "lock", "report", "rundir", "studio.series"},
-    "studio.rows": {"config", "data.store", "disk", "errors", "records"},
+    "studio.rows": {"config", "data.store", "disk", "errors", "records", "rundir"},
     "studio.live": {"disk", "rundir", "studio.runs"},
     "studio.places": {"disk", "errors"},
     "studio.fields": {"config", "errors", "messages"},

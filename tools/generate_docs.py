@@ -87,6 +87,7 @@ def formats_page() -> str:
         "(seen from its content), CSV, TSV (by RFC 4180, with a header) or Parquet; all but the last may be packed as",
         ".gz or .zst. Text is UTF-8 unless `--encoding` says otherwise. The format of a file is recognised by the keys",
         "of its rows, in the order below; nothing is registered. Shapes may differ between files, not within one.",
+        "A .txt or .md file is one row `text`; a folder means such files only where it has no rows (see full.md).",
     ]
     for name, known in FORMATS.items():
         needs, may = (", ".join(f"`{key}`" for key in sorted(keys)) or "none" for keys in (known.needs, known.may))

@@ -18,13 +18,14 @@ from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
 from truetune.engine.compare import Choice, choose_engine, use_kind
-from truetune.engine.memory import Limits, choose_limits, set_checkpointing
+from truetune.engine.master import Masters, keep_masters, own_masters
+from truetune.engine.memory import Limits, choose_limits, free_bytes, set_checkpointing
 from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
-from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
+from truetune.model import Base, BaseWeights, add_lora, choose_dtype, count_parameters, load_base, pad_id, train_all
 from truetune.place import read_place
 from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
@@ -89,21 +90,24 @@ def assemble(
         # Read from the environment that `accelerate launch` sets; backward would divide the gradient by it.
         raise UserError("accelerate_settings", where="ACCELERATE_*", fix="accelerate_settings")
     dtype, reason = choose_dtype(config.dtype)
-    is_sharded = config.strategy == "shard"
+    is_full, is_sharded = config.finetuning == "full", config.strategy == "shard"
+    # Whole models are trained where they compute; a base is on the CPU first, and of a known size there.
+    free = free_bytes(accelerator.device) if is_full else psutil.virtual_memory().available
     # Whole bases lie side by side; of a sharded one, a machine loads one at a time.
-    free_bytes = psutil.virtual_memory().available // (1 if is_sharded else ranks.place.local_size)
-    require_memory(flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=free_bytes)
+    free //= 1 if is_sharded else ranks.place.local_size
+    require_memory(flight.base.folder, name=flight.base.title, dtype=dtype, is_full=is_full, free_bytes=free)
     with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
         model = accelerator.prepare(_load_on(ranks, flight.base, config, dtype))
+        masters = keep_masters(model, getattr(torch, dtype)) if is_full else own_masters(model)
     settings = settings.with_chosen(dtype=dtype)
     engine, settings, events = _engine(settings, flight, model, console=console, is_begun=is_begun, ranks=ranks)
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
-    optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
+    optimizer, scheduler = _optimizer(masters, config, num_steps=flight.prepared.report.steps)
     console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward, ranks=ranks)
-    state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
+    state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference(), masters)
     _require_same(state.identity, ranks)
     # Alone, rank 0 asks; a sharded model answers on all ranks or none.
     sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or is_sharded)
@@ -210,6 +214,11 @@ def _events(choice: Choice, limits: Limits | None) -> Iterator[Event]:
 
 
 def _load(base: Base, config: Config, dtype: str) -> Any:
+    if config.finetuning == "full":
+        # In fp32, whatever computes: these are the optimizer's weights.
+        model = train_all(load_base(base, "float32"))
+        model.disable_adapter = BaseWeights(model, lambda: load_base(base, dtype))
+        return model
     return add_lora(
         load_base(base, dtype),
         r=config.lora_r,
@@ -220,10 +229,15 @@ def _load(base: Base, config: Config, dtype: str) -> Any:
     )
 
 
-def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return AdamW over the trainable parameters, and the learning rate's schedule."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+def _optimizer(masters: Masters, config: Config, *, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Return AdamW over the trained weights, and the learning rate's schedule."""
+    masters.gather()
+    is_full = config.finetuning == "full"
+    # One pass over all weights instead of ten: of whole models, the step would take as long as the backward.
+    optimizer = torch.optim.AdamW(
+        masters.weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=is_full or None
+    )
+    optimizer.register_step_post_hook(masters.refresh)
     scheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,

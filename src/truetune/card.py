@@ -1,4 +1,4 @@
-"""The report card's numbers: base against tuned, on rows that were not trained, from the weights of adapter/.
+"""The report card's numbers: base against tuned, on rows that were not trained, from the weights of the result.
 
 Everything here is measured at the end of a run, in about one percent of its time; report.py shows it.
 """
@@ -71,7 +71,7 @@ class Talk:
 class Card:
     """All that the report card says. `is_held_out`: False if no rows were held out, so that trained ones are shown.
 
-    `trained`: the tuned model on trained rows. `step`: whose weights adapter/ holds. `losses`: (step, loss) of the run;
+    `trained`: the tuned model on trained rows. `step`: whose weights the result holds. `losses`: (step, loss) of all;
     `held_out_losses`: (step, loss) of its evaluations. `overhead_share`: of the run's time that was not training.
     """
 
@@ -95,6 +95,7 @@ class Card:
     held_out_losses: list[tuple[int, float]]
     train_seconds: float
     overhead_share: float
+    finetuning: str = "lora"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for report.json."""
@@ -104,7 +105,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about: a run's name, model, data, events, and the step whose weights are its result."""
+    """What a card is about: a run's name, model, data, events, and the step whose weights are its result.
+
+    `finetuning`: lora or full.
+    """
 
     name: str
     model: str
@@ -112,12 +116,13 @@ class Subject:
     events: Sequence[dict[str, Any]]
     step: int
     seed: int
+    finetuning: str = "lora"
 
 
 def make_card(
     engine: Engine, renderer: Renderer, *, subject: Subject, trained: Sequence[Row], held_out: Sequence[Row]
 ) -> Card:
-    """Measure the engine's adapter against its base. `held_out`: may be empty; then trained rows are shown."""
+    """Measure the engine's model against its base. `held_out`: may be empty; then trained rows are shown."""
     began = time.perf_counter()
     steps = [event for event in subject.events if event["kind"] == "step"]
     num_trained_rows = sum(event["rows"] for event in steps)
@@ -153,6 +158,7 @@ def make_card(
         held_out_losses=[(event["step"], event["eval_loss"]) for event in subject.events if event["kind"] == "eval"],
         train_seconds=train_seconds,
         overhead_share=overhead_share,
+        finetuning=subject.finetuning,
     )
 
 

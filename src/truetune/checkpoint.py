@@ -4,7 +4,8 @@ A checkpoint is staged beside its place and renamed when it is complete (disk.py
 `checkpoint-000100` is whole, or was damaged later, which its manifest tells.
 
     checkpoint-000100/
-      adapter_config.json  adapter_model.safetensors      PEFT's own layout, usable as it is
+      adapter_config.json  adapter_model.safetensors      PEFT's own layout, usable as it is; of full fine-tuning
+      (config.json  model.safetensors ...)                a Hugging Face folder (trained.py)
       optimizer.safetensors  trainer_state.json           AdamW moments; step, scheduler
       manifest.json                                       size and sha256 of each file; what the run was, and on what
 """
@@ -25,27 +26,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
-from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json, write_atomic
+from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json
+from truetune.engine.master import Masters, own_masters
 from truetune.errors import MachineError, NumericsError, UserError
 from truetune.ranks import Ranks
+from truetune.trained import Adapter, Trained, Whole, first_other
+from truetune.weights import OPTIMIZER
 
-ADAPTER, OPTIMIZER, TRAINER_STATE = "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 OF_THE_RUN = {OPTIMIZER, TRAINER_STATE, MANIFEST}
-"""Files of a checkpoint that its adapter does not need."""
+"""Files of a checkpoint that its weights do not need."""
 
 MIN_KEPT = 2
 PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # With another value of these, the tensors of a checkpoint do not fit.
-SHAPING = {"base", "config.lora_r", "config.target_modules"}
+SHAPING = {"base", "config.finetuning", "config.lora_r", "config.target_modules"}
 
 
 @dataclass(frozen=True)
 class State:
     """What a checkpoint holds: `identity` says what the run was (data, base, template, every key that matters).
 
-    `base`: where the base is, see Base.reference.
+    `base`: where the base is, see Base.reference. `masters`: what the optimizer trains, if not the model's own weights.
     """
 
     model: Any
@@ -53,13 +57,25 @@ class State:
     scheduler: Any
     identity: Mapping[str, str]
     base: Mapping[str, str]
+    masters: Masters | None = None
+
+    @property
+    def trained(self) -> Trained:
+        """The weights that are trained: an adapter, or all."""
+        if hasattr(self.model, "peft_config"):
+            return Adapter(self.model, self.base)
+        return Whole(self.model, self.masters or own_masters(self.model))
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What the optimizer trains."""
+        return [part for group in self.optimizer.param_groups for part in group["params"]]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint, nearly: the adapter and AdamW's two moments."""
-        sizes: list[int] = [
-            part.numel() * part.element_size() for part in self.model.parameters() if part.requires_grad
-        ]
+        """Bytes of a checkpoint, nearly: the trained weights and AdamW's two moments."""
+        parts = [part for group in self.optimizer.param_groups for part in group["params"]]
+        sizes: list[int] = [part.numel() * part.element_size() for part in parts]
         return 3 * sum(sizes)
 
 
@@ -75,17 +91,6 @@ def machine() -> dict[str, str]:
     return {"threads": str(threads), "cpu": cpu, "ranks": str(num_ranks)}
 
 
-def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
-    """Write PEFT's adapter files; `base`: name (hub id or absolute path) and revision of the model below it."""
-    # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
-    write_atomic(path, to_json(values, indent=2) + "\n")
-
-
 def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path], None]) -> Path:
     """Write `folder`/checkpoint-<step> and return it. `write_extra`: adds files (template, probes) before sealing.
 
@@ -96,7 +101,7 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
     require_space(folder, state.num_bytes)
     facts = {"identity": dict(state.identity), "versions": versions(), "machine": machine()}
     with staged(target, step=step, **facts) as staging:
-        save_adapter(state.model, staging, base=state.base)
+        state.trained.save(staging)
         write_extra(staging)
         save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
         values = {"step": step, "scheduler": state.scheduler.state_dict()}
@@ -211,19 +216,12 @@ def _shown(name: str, then: str, now: str) -> str:
     return f" ({then} → {now})" if name.startswith("config.") else ""
 
 
-def load_weights(folder: Path, model: Any) -> None:
-    """Put the adapter of a checkpoint, or of a run's adapter/, into `model`, which has LoRA of the same shape."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_file(str(folder / ADAPTER)))
-
-
 def load(folder: Path, state: State) -> int:
     """Put a checkpoint into the model, optimizer and scheduler of `state`; return its step.
 
     Learning rate and weight decay are those of `state`, at the checkpoint's step; if nothing changed, the same bits.
     """
-    load_weights(folder, state.model)
+    state.trained.load(folder)
     values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
     scheduler = state.scheduler
     at = values["scheduler"]["last_epoch"]
@@ -244,22 +242,20 @@ def share(state: State, ranks: Ranks, *, step: int) -> int:
     """
     if ranks.size == 1:
         return step
-    ranks.give(part for part in state.model.parameters() if part.requires_grad)
+    ranks.give(state.weights)
+    if state.masters is not None:
+        state.masters.refresh()
     values = state.optimizer.state_dict()
     shapes = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in _flatten(values).items()}
     head = ranks.tell(
         {"step": step, "scheduler": state.scheduler.state_dict(), "groups": values["param_groups"], "shapes": shapes}
     )
     state.scheduler.load_state_dict(head["scheduler"])
-    tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], _device(state.model))
+    tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], state.weights[0].device)
     ranks.give(tensors[name] for name in sorted(head["shapes"]))
     if not ranks.is_main:
         state.optimizer.load_state_dict({"state": _unflatten(tensors), "param_groups": head["groups"]})
     return int(head["step"])
-
-
-def _device(model: Any) -> Any:
-    return next(part.device for part in model.parameters() if part.requires_grad)
 
 
 def _empty_like(shapes: dict[str, Any], device: Any) -> dict[str, torch.Tensor]:
@@ -272,17 +268,8 @@ def _empty_like(shapes: dict[str, Any], device: Any) -> dict[str, torch.Tensor]:
 
 def other_tensor(folder: Path, state: State) -> str | None:
     """Return the first tensor of a checkpoint that is not, bit for bit, what `state` holds; None if all are."""
-    from peft import get_peft_model_state_dict
-
-    for name, now in (
-        (ADAPTER, get_peft_model_state_dict(state.model)),
-        (OPTIMIZER, _flatten(state.optimizer.state_dict())),
-    ):
-        then = load_file(str(folder / name))
-        for key in sorted({*then, *now}):
-            if key not in then or key not in now or not torch.equal(then[key], now[key].cpu()):
-                return f"{name}: {key}"
-    return None
+    moments = _flatten(state.optimizer.state_dict())
+    return state.trained.differs(folder) or first_other(load_file(str(folder / OPTIMIZER)), moments, name=OPTIMIZER)
 
 
 def _require_finite(state: State, step: int) -> None:

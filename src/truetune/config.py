@@ -75,6 +75,10 @@ AutoInt = Literal["auto"] | PositiveInt
 
 
 LANGUAGES = ("en", "zh")
+LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+"""What means something to LoRA alone: refused with full fine-tuning, and not written for it."""
+FULL_LEARNING_RATE = 1e-5
+"""Of full fine-tuning, if none is given: LoRA's B begins at 0 and must move far, whole weights hardly at all."""
 PER_DEVICE_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
@@ -104,6 +108,7 @@ class Config(BaseModel):
     gradient_accumulation_steps: PositiveInt | None = None
     num_train_epochs: Annotated[Float, Field(gt=0)] = 3.0
     max_steps: PositiveInt | None = None
+    finetuning: Literal["lora", "full"] = "lora"
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.03
@@ -226,7 +231,11 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Settin
     for key in PER_DEVICE_KEYS:
         if values.get(key) is not None:
             origins["batch_size"] = origins.pop(key)
-    return Settings(_effective(config), {key: origins.get(key, "default") for key in Config.model_fields})
+    config = _effective(config)
+    if config.finetuning == "full" and "learning_rate" not in values:
+        config = config.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
+        origins["learning_rate"] = "finetuning: full"
+    return Settings(config, {key: origins.get(key, "default") for key in Config.model_fields})
 
 
 def _effective(config: Config) -> Config:
@@ -254,6 +263,9 @@ def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserErro
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
         faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
+    if config.finetuning == "full":
+        where = {key: origins[key] for key in LORA_KEYS if key in origins}
+        faults += [UserError("config_not_lora", where=at, fix="config_not_lora", name=key) for key, at in where.items()]
     return faults
 
 
@@ -289,7 +301,8 @@ def unknown_key(key: str, where: str) -> UserError:
 
 def dump(config: Config) -> str:
     """Return the configuration as YAML that `resolve` loads again, every value in force."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    left_out = set(LORA_KEYS) if config.finetuning == "full" else set()
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=left_out), sort_keys=False, allow_unicode=True)
 
 
 def cache_dir() -> Path:

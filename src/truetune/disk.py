@@ -159,6 +159,14 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise _disk_full(folder, num_bytes=needed)
 
 
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raise MachineError, with the numbers, if all that a run will ever hold in `folder` does not fit there."""
+    free = _free(folder) + _size(folder)
+    if free < num_bytes:
+        values = {"needed": num_bytes / 1e9, "free": free / 1e9}
+        raise MachineError("disk_too_small", where=str(folder), fix="disk_too_small", **values)
+
+
 def require_writable(path: Path) -> None:
     """Raise MachineError if a folder, or the one that it will be made in, may not be written.
 

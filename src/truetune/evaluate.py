@@ -65,8 +65,9 @@ def is_template(pair: Pair) -> np.ndarray:
        1     1      1     1    0   0    0        1
     """
     is_template_A = np.zeros(len(pair.answer_ids), bool)
-    is_template_A[: pair.num_template_tokens - 1] = True
-    is_template_A[-1] = True
+    # A piece of a text that goes on has none, and no end.
+    is_template_A[: max(pair.num_template_tokens - 1, 0)] = True
+    is_template_A[-1] = pair.num_template_tokens > 0
     return is_template_A
 
 
@@ -86,6 +87,7 @@ def rate(rows: Sequence[Row], scores: Sequence[Score]) -> Metrics:
     """Return what the scores of the rows' pairs say together."""
     masks = [is_template(pair) for pair in pairs_of(rows)]
     is_template_E = np.concatenate(masks)
+    ended = [score for pair, score in zip(pairs_of(rows), scores, strict=True) if pair.num_template_tokens]
     losses_E = np.concatenate([score.losses_A for score in scores])
     is_likeliest_E = np.concatenate([score.is_likeliest_A for score in scores])
     return Metrics(
@@ -93,7 +95,7 @@ def rate(rows: Sequence[Row], scores: Sequence[Score]) -> Metrics:
         answer_loss=_mean(losses_E[~is_template_E]),
         template_loss=_mean(losses_E[is_template_E]),
         token_accuracy=_mean(is_likeliest_E[~is_template_E]),
-        stop_accuracy=_mean(np.array([score.is_likeliest_A[-1] for score in scores])),
+        stop_accuracy=_mean(np.array([score.is_likeliest_A[-1] for score in ended])),
         num_rows=len(rows),
         num_tokens=len(losses_E),
         num_template_tokens=int(is_template_E.sum()),

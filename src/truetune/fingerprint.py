@@ -11,6 +11,7 @@ from pathlib import Path
 
 from truetune.config import cache_dir
 from truetune.disk import write_atomic
+from truetune.weights import weight_files
 
 
 def hash_file(path: Path) -> str:
@@ -30,6 +31,6 @@ def hash_file(path: Path) -> str:
 def hash_folder(folder: Path) -> str:
     """Return a sha256 over config.json and every weight file of a model: names and all bytes."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         digest.update(f"{path.name}:{hash_file(path)}\n".encode())
     return digest.hexdigest()

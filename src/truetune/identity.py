@@ -11,7 +11,7 @@ from typing import Any
 from truetune.data.template import Renderer, Tools
 from truetune.disk import to_json, write_atomic
 from truetune.errors import UserError
-from truetune.records import Message, first_difference
+from truetune.records import Conversation, Message, first_difference
 
 FILE = "truetune.json"
 FORMAT = 2
@@ -58,6 +58,22 @@ def write(folder: Path, renderer: Renderer, *, prompts: Sequence[Sequence[Messag
         "probes": [probe | {"prompt_ids": prompt_ids(renderer, probe)} for probe in chosen],
     }
     write_atomic(folder / FILE, to_json(values, indent=2) + "\n")
+
+
+def write_ending(folder: Path, renderer: Renderer) -> None:
+    """Let generation_config.json name the tokens that end an answer, so that every tool stops where training did."""
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # With it, transformers would take the stop tokens of config.json instead.
+    values.pop("_from_model_config", None)
+    write_atomic(path, to_json(values | {"eos_token_id": stop_ids(renderer)}, indent=2) + "\n")
+
+
+def stop_ids(renderer: Renderer) -> list[int]:
+    """Return the ids that end an answer, first the one that ends the answers of training."""
+    turns = ({"role": "user", "content": "."}, {"role": "assistant", "content": "."})
+    end = renderer.pairs(Conversation("turn", turns))[0].answer_ids[-1]
+    return [*dict.fromkeys([end, *renderer.stop_ids])]
 
 
 def _special_probes(renderer: Renderer) -> list[dict[str, Any]]:

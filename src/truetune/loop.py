@@ -79,6 +79,11 @@ class Loop:
         """The signal that ends the run; of several ranks, what any of them had got when the last step was summed."""
         return self.raised() if self.ranks.size == 1 else self._agreed
 
+    @property
+    def _weights(self) -> list[torch.nn.Parameter]:
+        """What the optimizer trains."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
     def run(
         self,
         rows: Sequence[Row],
@@ -194,7 +199,7 @@ class Loop:
         raised = self.raised()
         flags = [float(raised == number) for number in CAUGHT]
         numbers = [part.loss, part.num_tokens, *flags]
-        loss, num_tokens, *flags = self.ranks.sum_gradients(self.engine.model.parameters(), numbers)
+        loss, num_tokens, *flags = self.ranks.sum_gradients(self._weights, numbers)
         self._agreed = next((int(number) for number, flag in zip(CAUGHT, flags, strict=True) if flag), None)
         return replace(part, loss=loss, num_tokens=int(num_tokens))
 
@@ -217,8 +222,7 @@ class Loop:
         Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite and no more steps
         may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
-        parameters = [parameter for parameter in self.engine.model.parameters() if parameter.requires_grad]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._weights, self.plan.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
             self.optimizer.zero_grad(set_to_none=True)
             origins = ", ".join(f"{row.where} (row {row.index})" for row in rows)

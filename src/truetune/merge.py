@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from truetune import identity
-from truetune.data.template import Renderer
 from truetune.disk import clear_killed, read_manifest, staged, to_json, write_atomic
 from truetune.drift import MAX_ROWS, Drift, Logits, answer_logits, chosen, compare, model_logits
 from truetune.errors import UserError
 from truetune.generate import Sampling
 from truetune.model import load_adapter, load_base, pad_id, stored_dtype
-from truetune.records import Conversation, Pair
+from truetune.records import Pair
 from truetune.source import Source
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,8 +64,7 @@ def merge(source: Source, *, output: Path, dtype: str = "auto") -> Merged:
     Raises: UserError if there is nothing to merge, `output` is in the way, the base is quantised, or what is read back
         says something else than base and adapter do.
     """
-    if source.folder is None:
-        raise UserError("merge_no_adapter", where=source.path, fix="merge_no_adapter")
+    source.require_adapter()
     require_free(output)
     stored = stored_dtype(source.base.folder) if dtype == "auto" else dtype
     model, reference = load_with_reference(source)
@@ -197,24 +195,13 @@ def write_use(folder: Path, source: Source) -> None:
     """Write beside merged weights what their use needs: tokenizer, template, stop tokens, probes, card."""
     renderer = source.renderer
     renderer.save_tokenizer(folder)
-    path = folder / "generation_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    # With it, transformers would take the stop tokens of config.json instead.
-    values.pop("_from_model_config", None)
-    write_atomic(path, to_json(values | {"eos_token_id": stop_ids(renderer)}, indent=2) + "\n")
+    identity.write_ending(folder, renderer)
     if source.known:
         write_atomic(folder / identity.FILE, to_json(source.known, indent=2) + "\n")
     head = {"base_model": source.base.name, "pipeline_tag": "text-generation", "tags": ["sft", "merged"]}
     lines = "".join(f"{key}: {to_json(value)}\n" for key, value in head.items())
     body = f"# {folder.name}\n\nA base model and an adapter that was trained with Truetune, merged in float32.\n"
     write_atomic(folder / "README.md", f"---\n{lines}---\n\n{body}")
-
-
-def stop_ids(renderer: Renderer) -> list[int]:
-    """Return the ids that end an answer, first the one that ends the answers of training."""
-    turns = ({"role": "user", "content": "."}, {"role": "assistant", "content": "."})
-    end = renderer.pairs(Conversation("turn", turns))[0].answer_ids[-1]
-    return [*dict.fromkeys([end, *renderer.stop_ids])]
 
 
 def refuse_far(drift: Drift, *, where: str, fix: str, limits: tuple[float, float]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,40 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
     except ValueError as error:
         # For one, dropout on the weights of experts.
         raise UserError("lora_refused", where="lora", fix="lora_refused", problem=error) from None
+
+
+def train_all(model: Any) -> Any:
+    """Return `model` with every weight trained, norms and embeddings included, in the engine's fused layers."""
+    from truetune.engine.fused import fuse
+
+    fuse(model)
+    return model.requires_grad_(True).train()
+
+
+class BaseWeights:
+    """A fully fine-tuned model as its base: what `disable_adapter` is for one with an adapter, and called so.
+
+    `load`: gives the base. Its weights change places with the tuned ones inside the block; nothing is copied.
+    """
+
+    def __init__(self, model: Any, load: Callable[[], Any]) -> None:
+        self._model, self._load = model, load
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Let the model be its base inside the block."""
+        twin = self._load()
+        self._swap(twin)
+        try:
+            yield
+        finally:
+            self._swap(twin)
+
+    def _swap(self, twin: Any) -> None:
+        theirs = dict(twin.named_parameters())
+        for name, parameter in self._model.named_parameters():
+            other = theirs[name]
+            parameter.data, other.data = other.data.to(parameter.device, parameter.dtype), parameter.data
 
 
 def load_adapter(model: Any, folder: Path, *, name: str = "default") -> Any:

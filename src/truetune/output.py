@@ -1,9 +1,8 @@
-"""What a run leaves in its folder: its start, its checkpoints, its adapter, its end."""
+"""What a run leaves in its folder: its start, its checkpoints, its result, its end."""
 
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from truetune.preflight import Preflight
 from truetune.rundir import RunDir
 
 
-def write_start(run: RunDir, settings: Settings, *, flight: Preflight) -> None:
-    """Make the run's folder: configuration, data, and what runs."""
+def write_start(run: RunDir, settings: Settings, *, flight: Preflight, result: str) -> None:
+    """Make the run's folder: configuration, data, and what runs. `result`: the name of the result's folder."""
     prepared = flight.prepared
     # First of all: a folder with run.json can be resumed, whatever else a kill prevents.
-    run.write_info(**_info(run, settings, flight))
+    run.write_info(**_info(run, settings, flight), result=result)
     run.create()
     run.append({"kind": "state", "state": "running", "time": _now()})
     write_atomic(run.config, dump(settings.config))
@@ -121,10 +120,10 @@ class Saver:
         checkpoint.save(self.run.checkpoints, step, state=self.state, write_extra=self._write_use)
         checkpoint.prune(self.run.checkpoints, keep=self.save_total_limit, best=best)
 
-    def write_adapter(self, *, best: int | None) -> Path | None:
-        """Make adapter/, the result, of the checkpoint of step `best`, else of the newest; return that checkpoint.
+    def write_result(self, *, best: int | None) -> Path | None:
+        """Make the result of the checkpoint of step `best`, else of the newest; return that checkpoint.
 
-        PEFT's files, tokenizer, template, probes and card.
+        Weights, tokenizer, template, probes and card.
         """
         chosen, _ = checkpoint.find(self.run.checkpoints)
         wanted = checkpoint.path_of(self.run.checkpoints, best or 0)
@@ -132,30 +131,35 @@ class Saver:
             chosen = wanted
         if chosen is None:
             return None
-        with staged(self.run.adapter, step=checkpoint.step_of(chosen)) as folder:
-            for path in chosen.iterdir():
-                if path.name not in checkpoint.OF_THE_RUN:
-                    shutil.copyfile(path, folder / path.name)
+        trained = self.state.trained
+        with staged(self.run.path / trained.place, step=checkpoint.step_of(chosen)) as folder:
+            trained.write_result(chosen, folder, left_out=checkpoint.OF_THE_RUN)
             self.flight.renderer.save_tokenizer(folder)
-            _write_card(folder, base=self.state.base["name"], name=self.run.path.name)
+            _write_card(folder, base=self.state.base["name"], name=self.run.path.name, place=trained.place)
         return chosen
 
     def _write_use(self, folder: Path) -> None:
-        """Write beside an adapter what its use needs: template, probes."""
+        """Write beside weights what their use needs: template, probes; beside whole models also what a base brings."""
         prepared, renderer = self.flight.prepared, self.flight.renderer
+        if self.state.trained.place == "model":
+            renderer.save_tokenizer(folder)
+            identity.write_ending(folder, renderer)
         (folder / TEMPLATE_FILE).write_text(renderer.chat_template, encoding="utf-8")
         rows = [*prepared.held_out[: identity.NUM_PROBES], *prepared.train[: identity.NUM_PROBES]]
         prompts = [row.prompt for row in rows if row.prompt]
         identity.write(folder, renderer, prompts=prompts, base=self.flight.base.reference())
 
 
-def _write_card(folder: Path, *, base: str, name: str) -> None:
-    card = {
-        "base_model": base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "sft"],
-    }
+CARDS = {
+    "adapter": ("peft", ["lora", "sft"], "A LoRA adapter"),
+    "model": ("transformers", ["full-fine-tuning"], "A model of which all weights were"),
+}
+"""What the model card says of each kind of result: library, tags, the beginning of its sentence."""
+
+
+def _write_card(folder: Path, *, base: str, name: str, place: str) -> None:
+    library, tags, begin = CARDS[place]
+    card = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     head = "".join(f"{key}: {to_json(value)}\n" for key, value in card.items())
-    body = f"# {name}\n\nA LoRA adapter trained with Truetune. What was trained is in truetune.json.\n"
+    body = f"# {name}\n\n{begin} trained with Truetune. What was trained is in truetune.json.\n"
     write_atomic(folder / "README.md", f"---\n{head}---\n\n{body}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from truetune.config import Config
 from truetune.console import Console
@@ -11,9 +11,9 @@ from truetune.data.prepare import Prepared, prepare
 from truetune.data.template import Renderer, build_renderer
 from truetune.errors import UserError
 from truetune.messages import text
-from truetune.model import Base, eos_ids, find_base, load_tokenizer, prepare_base
+from truetune.model import Base, choose_dtype, eos_ids, find_base, load_tokenizer, prepare_base
 from truetune.records import Report
-from truetune.weights import num_embeddings
+from truetune.weights import FULL_BYTES, count_parameters, num_embeddings
 
 MAX_REFUSED_SHOWN = 10
 
@@ -52,7 +52,18 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
     with console.counting("status.rows") as count:
         prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
     _check_ids(base, prepared)
+    if config.finetuning == "full":
+        note = _need(base, config.dtype, console)
+        prepared = replace(prepared, report=replace(prepared.report, notes=[*prepared.report.notes, note]))
     return Preflight(base, renderer, prepared)
+
+
+def _need(base: Base, dtype: str, console: Console) -> str:
+    """Return what is said of the memory that full fine-tuning needs at least, whatever the data are."""
+    chosen, _ = choose_dtype(dtype)
+    each, count = FULL_BYTES[chosen], count_parameters(base.folder)
+    key = "note.full" if chosen == "float32" else "note.full_copy"
+    return console.text(key, each=each, count=count, gigabytes=each * count / 1e9)
 
 
 def _check_ids(base: Base, prepared: Prepared) -> None:

@@ -69,7 +69,8 @@ class Pair:
     """The unit of training: what inference sends for one turn, and what the model must then write.
 
     `prompt_ids`: the exact token ids of the prompt. `answer_ids`: the tokens to learn, the stop token last.
-    `num_template_tokens`: how many of `answer_ids` the template wrote (stop token, empty think block).
+    `num_template_tokens`: how many of `answer_ids` the template wrote (stop token, empty think block); 0 for a piece of
+    a plain text that goes on.
     """
 
     prompt_ids: tuple[int, ...]

@@ -10,6 +10,7 @@ from typing import Any
 from truetune.console import Console
 from truetune.disk import to_json, write_atomic
 from truetune.messages import text
+from truetune.rundir import RunDir
 from truetune.templates import render
 
 CARD, MARKDOWN, PAGE = "report.json", "report.md", "report.html"
@@ -39,14 +40,14 @@ def read(run: Path) -> Values | None:
 
 
 def show(run: Path, console: Console) -> None:
-    """Print a run's card in short: what it says, and where adapter and card are."""
+    """Print a run's card in short: what it says, and where result and card are."""
     card = read(run)
     if card is not None:
         for sentence in sentences(card, console.lang):
             console.write(sentence)
         console.blank()
         console.say("card.path", path=run / PAGE)
-    console.say("train.done", path=run / "adapter")
+    console.say("train.done", path=RunDir(run).result)
 
 
 def sentences(card: Values, lang: str) -> list[str]:

@@ -3,8 +3,8 @@
 RUN/
   config.yaml   every value in force, loadable again        run.json      what ran: versions, hashes, state
   events.jsonl  one JSON object a line                      steps.jsonl   the row ids of every optimizer step
-  data/         prepared tokens, refused.jsonl              checkpoints/  adapter + optimizer, every save_steps
-  adapter/      the result                                  (see product documentation in docs/run-folder.md)
+  data/         prepared tokens, refused.jsonl              checkpoints/  weights + optimizer, every save_steps
+  adapter/      the result; of full fine-tuning, model/     (see product documentation in docs/run-folder.md)
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ class RunDir:
         self.steps = path / "steps.jsonl"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
         self._waiting: dict[Path, bytes] = {}
 
     @property
-    def adapter_step(self) -> int | None:
-        """The step whose weights adapter/ holds; None if there is none yet."""
+    def result(self) -> Path:
+        """Where the result is or will be: adapter/, or model/ where run.json says so, since all weights are trained."""
+        return self.path / (self.read_info().get("result", "adapter") if self.is_run else "adapter")
+
+    @property
+    def result_step(self) -> int | None:
+        """The step whose weights the result holds; None if there is none yet."""
         try:
-            return int(read_manifest(self.adapter)["step"])
+            return int(read_manifest(self.result)["step"])
         except (OSError, ValueError):
             return None
 
@@ -151,7 +155,7 @@ def outcome(run: RunDir) -> Run:
     losses = {event["step"]: event["eval_loss"] for event in events if event["kind"] == "eval"}
     before = next(iter(losses.values()), None)
     last = next(reversed(losses.values())) if len(losses) > 1 else None
-    after = losses.get(run.adapter_step, last)
+    after = losses.get(run.result_step, last)
     return Run(run.path, len(steps), steps[-1]["loss"] if steps else None, before, after)
 
 

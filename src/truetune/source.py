@@ -16,12 +16,15 @@ from truetune.model import Base, eos_ids, find_base, load_tokenizer, prepare_bas
 from truetune.records import Pair, pairs_of
 from truetune.rundir import RunDir
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class Source:
     """A base, with an adapter (`folder`) or without one, and how it is prompted; no weights yet.
 
     `known`: truetune.json, None without it. `num_probes`: prompts whose ids were compared with those of training.
+    `is_full`: all weights of a run were trained: `base` is the result itself, and what it came from stands in `known`.
     """
 
     path: str
@@ -30,6 +33,31 @@ class Source:
     folder: Path | None = None
     known: dict[str, Any] | None = None
     num_probes: int | None = None
+    is_full: bool = False
+
+    def require_adapter(self) -> Path:
+        """Return the adapter's folder.
+
+        Raises: UserError if there is none; of full fine-tuning it says where the model is.
+        """
+        if self.is_full:
+            raise UserError("merge_full", where=self.path, fix="merge_full", folder=self.base.folder)
+        if self.folder is None:
+            raise UserError("merge_no_adapter", where=self.path, fix="merge_no_adapter")
+        return self.folder
+
+    def origin(self) -> Base:
+        """Return the base that training began from: of full fine-tuning, the one that truetune.json names.
+
+        Raises: UserError if it is not there any longer, or another one is.
+        """
+        if not self.is_full or self.known is None:
+            return self.base
+        told = self.known["base"]
+        found = find_base(told["name"], revision=told["revision"], hub=told["hub"])
+        identity.check_base(self.base.folder, self.known, name=found.name, fingerprint=found.fingerprint)
+        prepare_base(found)
+        return found
 
     @property
     def probes(self) -> Sequence[dict[str, Any]]:
@@ -52,23 +80,36 @@ def find(path: str, *, use_run_system: bool = True) -> Source:
 
     Raises: UserError if it does not exist, its base is another one than it was trained on, or it is prompted otherwise.
     """
-    folder = _adapter_folder(Path(path).expanduser())
-    found = _base_only(path) if folder is None else _adapter(path, folder)
+    folder = _tuned_folder(Path(path).expanduser())
+    if folder is None:
+        found = _base_only(path)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        found = _adapter(path, folder)
+    else:
+        found = _full(path, folder)
     return found if use_run_system else replace(found, renderer=replace(found.renderer, system=None))
 
 
-def _adapter_folder(path: Path) -> Path | None:
-    """Return the folder with adapter_config.json that `path` means, or None if it is a model's name."""
+def _tuned_folder(path: Path) -> Path | None:
+    """Return the folder with the trained weights that `path` means, or None if it is a model's name."""
     run = RunDir(path)
     if run.is_run:
         # While a run goes on, or after it failed, its newest checkpoint is newer than what a stop before left.
-        if run.adapter.is_dir() and run.read_info()["state"] in ("done", "stopped"):
-            return run.adapter
+        if run.result.is_dir() and run.read_info()["state"] in ("done", "stopped"):
+            return run.result
         newest, _ = checkpoint.find(run.checkpoints)
         if newest is None:
             raise UserError("run_no_adapter", where=str(path), fix="run_no_adapter", path=path)
         return newest
-    return path if (path / "adapter_config.json").is_file() else None
+    above = RunDir(path.absolute().parent)
+    is_result = path.is_dir() and above.is_run and above.result == path.absolute()
+    return path if is_result or (path / ADAPTER_CONFIG).is_file() else None
+
+
+def _full(path: str, folder: Path) -> Source:
+    """A run that trained all weights: a model that stands alone, called as the run is."""
+    source = _base_only(str(folder))
+    return replace(source, path=path, base=replace(source.base, name=path), is_full=True)
 
 
 def _base_only(path: str) -> Source:
@@ -80,7 +121,7 @@ def _base_only(path: str) -> Source:
 
 
 def _adapter(path: str, folder: Path) -> Source:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     known = identity.read(folder)
     revision = config.get("revision") or "main"
     hub = known["base"]["hub"] if known else "huggingface"

@@ -1,4 +1,4 @@
-"""THE STORY: check everything, load the model, take the steps, write the adapter."""
+"""THE STORY: check everything, load the model, take the steps, write the result."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _lead(
         disk.sweep(path)
         disk.sweep(run.checkpoints)
         start = _resume(run, assembly, console, allow_changed=allow_changed)
-        write_start(run, assembly.settings, flight=flight)
+        write_start(run, assembly.settings, flight=flight, result=assembly.state.trained.place)
         with recorded_state(run):
             _train(run, assembly, flight, console, start=start)
         result = outcome(run)
@@ -144,11 +144,12 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     tell_state(assembly, events, start=start)
     saver = Saver(run, assembly.state, flight, config.save_total_limit)
     if start < assembly.loop.plan.num_steps:
+        _require_disk(saver, console, most=max(config.save_total_limit, checkpoint.MIN_KEPT) + 2)
         saver.rehearse()
     for event in assembly.events:
         record(run, event)
     step, stopped_by = _take_steps(assembly, console, start=start, watch=watch, saver=saver)
-    chosen = saver.write_adapter(best=watch.best_step if config.result == "best" else None)
+    chosen = saver.write_result(best=watch.best_step if config.result == "best" else None)
     if chosen is not None and checkpoint.step_of(chosen) != step:
         console.say("train.best", step=checkpoint.step_of(chosen), loss=watch.best_loss)
     if stopped_by is not None and step < assembly.loop.plan.num_steps:
@@ -158,15 +159,36 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
             _write_report(run, assembly, flight, lang=console.lang)
 
 
+def _require_disk(saver: Saver, console: Console, *, most: int) -> None:
+    """Say before step 1 what the checkpoints of full fine-tuning take, each three times the weights in fp32.
+
+    `most`: of them at a time: those that are kept, the best one, the one being written; the result comes on top.
+
+    Raises: MachineError if they do not all fit.
+    """
+    if saver.state.trained.place != "model":
+        return
+    each = saver.state.num_bytes
+    total = most * each + each // 3
+    console.say("train.full_disk", each=each / 1e9, count=most, total=total / 1e9)
+    disk.require_room(saver.run.path, total)
+
+
 def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: str) -> None:
-    """Compare what adapter/ holds, read from there, with the base, and write the report card."""
+    """Compare what the result holds, read from there, with the base, and write the report card."""
     events = list(run.read_events())
     if not any(event["kind"] == "step" for event in events):
         return
-    checkpoint.load_weights(run.adapter, assembly.loop.engine.model)
+    assembly.state.trained.show(run.result)
     config = assembly.settings.config
     subject = Subject(
-        run.path.name, flight.base.title, config.data, events, step=run.adapter_step or 0, seed=config.seed
+        run.path.name,
+        flight.base.title,
+        config.data,
+        events,
+        step=run.result_step or 0,
+        seed=config.seed,
+        finetuning=config.finetuning,
     )
     card = card_of(assembly, flight, subject=subject)
     findings = [asdict(finding) for finding in diagnose(card)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from truetune.data.template import Renderer
 from truetune.errors import UserError
 from truetune.generate import Sampling, answers, base_only, stream
-from truetune.model import Base, choose_dtype, load_adapter, load_base
+from truetune.model import Base, BaseWeights, choose_dtype, load_adapter, load_base
 from truetune.records import Message
 from truetune.rundir import list_runs
 from truetune.source import find
@@ -27,7 +28,7 @@ class Model:
 
     @property
     def has_adapter(self) -> bool:
-        """True if there is a base below it to compare with."""
+        """True if there is a base to compare with: below an adapter, or one whose weights can take their place."""
         return hasattr(self.model, "disable_adapter")
 
     def chat(
@@ -90,12 +91,17 @@ def load(path: str | Path, *, is_base: bool = False, use_run_system: bool = True
     Raises: UserError if it does not exist, its base is another one than it was trained on, or a probe differs.
     """
     source = find(str(path), use_run_system=use_run_system)
-    model = load_base(source.base, choose_dtype()[0])
-    if source.folder is None:
-        return Model(str(path), _ready(model), source.renderer, source.num_probes)
+    dtype = choose_dtype()[0]
     if is_base:
-        return Model(source.base.title, _ready(model), source.renderer, source.num_probes)
-    return Model(str(source.folder), _ready(load_adapter(model, source.folder)), source.renderer, source.num_probes)
+        origin = source.origin()
+        return Model(origin.title, _ready(load_base(origin, dtype)), source.renderer, source.num_probes)
+    model, name = load_base(source.base, dtype), str(path)
+    if source.folder is not None:
+        model, name = load_adapter(model, source.folder), str(source.folder)
+    elif source.is_full:
+        # Loaded when it is asked for the first time, and kept: two models in memory from then on.
+        model.disable_adapter = BaseWeights(model, cache(lambda: load_base(source.origin(), dtype)))
+    return Model(name, _ready(model), source.renderer, source.num_probes)
 
 
 @dataclass(frozen=True)

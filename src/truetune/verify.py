@@ -44,8 +44,8 @@ def look(run: RunDir) -> Iterator[Finding]:
         broken = checkpoint.broken_file(path)
         if path.exists():  # else it was just pruned
             yield Finding(f"checkpoints/{path.name}", broken)
-    if is_done or run.adapter.exists():
-        yield Finding("adapter", damage(run.adapter))
+    if is_done or run.result.exists():
+        yield Finding(run.result.name, damage(run.result))
     taken = [event["step"] for event in run.read_events() if event["kind"] in ("step", "skipped")]
     listed = [line["step"] for line in run.read_step_rows()]
     yield Finding(run.events.name, _gap(taken))

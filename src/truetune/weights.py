@@ -12,8 +12,23 @@ from typing import Any
 
 from truetune.errors import MachineError, UserError
 
+INDEX = "model.safetensors.index.json"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 BYTES = {"float32": 4, "bfloat16": 2}
+OPTIMIZER = "optimizer.safetensors"
+"""The other large file of a checkpoint: no weights of a model."""
+
+FULL_BYTES = {"float32": 16, "bfloat16": 18}
+"""Of one weight in full fine-tuning: weight, gradient and AdamW's two moments, each in fp32; and a copy to compute
+with, where that is in bf16."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of a model: those that its index names, else all there are."""
+    index = folder / INDEX
+    if index.is_file():
+        return [folder / name for name in _shards(index)]
+    return sorted(path for path in folder.glob("*.safetensors") if path.name != OPTIMIZER)
 
 
 def check_files(folder: Path) -> None:
@@ -22,44 +37,53 @@ def check_files(folder: Path) -> None:
     Raises: UserError naming the file.
     """
     _check_index(folder)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         _tensors(path)
 
 
 def count_parameters(folder: Path) -> int:
     """Return the parameters in the weight files of a model."""
-    headers = [_tensors(path) for path in folder.glob("*.safetensors")]
+    headers = [_tensors(path) for path in weight_files(folder)]
     return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
 
 
 def num_embeddings(folder: Path) -> int | None:
     """Return the rows of the model's embedding matrix: token ids are below it. None if it is not found by name."""
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         for name, tensor in _tensors(path).items():
             if name.endswith(EMBEDDINGS):
                 return int(tensor["shape"][0])
     return None
 
 
-def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int) -> None:
-    """Raise MachineError, with the numbers, if the weights alone would not fit into what is free."""
-    needed = count_parameters(folder) * BYTES[dtype]
+def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int, is_full: bool = False) -> None:
+    """Raise MachineError, with the numbers, if what no setting makes smaller would not fit into what is free.
+
+    That is the weights; of full fine-tuning (`is_full`) also their gradients and moments.
+    """
+    needed = count_parameters(folder) * (FULL_BYTES if is_full else BYTES)[dtype]
     if needed > free_bytes:
         values = {"needed": needed / 1e9, "free": free_bytes / 1e9, "dtype": dtype}
+        if is_full:
+            raise MachineError("full_too_large", where=name, fix="full_too_large", each=FULL_BYTES[dtype], **values)
         raise MachineError("base_too_large", where=name, fix="base_too_large", **values)
 
 
 def _check_index(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, AttributeError, TypeError):
-        raise UserError("model_file_damaged", where=str(index), fix="model_broken") from None
-    for name in sorted(names):
+    for name in _shards(index):
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError("model_shard_missing", where=str(index), fix="model_broken", name=name)
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        raise UserError("model_file_damaged", where=str(index), fix="model_broken") from None
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from truetune.data.lengths import check_lengths
+from truetune.data.lengths import check_lengths, overlap_of, split_text
 from truetune.errors import RowError
 from truetune.records import Pair
 
@@ -51,3 +53,40 @@ def test_the_length_that_is_named_fits() -> None:
         check_lengths(WHERE, pairs, max_length=4)
     check_lengths(WHERE, pairs, max_length=caught.value.values["length"])
     assert _is_refused(pairs, caught.value.values["length"] - 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    num_tokens=st.integers(2, 200),
+    max_length=st.integers(2, 40),
+    begin=st.sampled_from([(), (1,)]),
+)
+def test_every_token_of_a_text_is_learned_once(num_tokens: int, max_length: int, begin: tuple[int, ...]) -> None:
+    """In order, behind what stands before it, in pieces that are full but for the last; only bos is never learned."""
+    assume(max_length > len(begin) + 1)
+    text = tuple(range(100, 100 + num_tokens))
+    ids = (*begin, *text)
+    pieces = split_text(Pair(ids[:1], ids[1:], 1), max_length=max_length, begin=begin)
+    learned = [token for piece in pieces for token in piece.answer_ids]
+    assert learned == list(ids[1:])
+    assert {len(piece) for piece in pieces[:-1]} <= {max_length}
+    assert 2 <= len(pieces[-1]) <= max_length
+    for piece in pieces:
+        assert piece.prompt_ids[: len(begin)] == begin
+        read = piece.prompt_ids[len(begin) :]
+        before = text[: text.index(piece.answer_ids[0])]
+        assert before[len(before) - len(read) :] == read
+        assert len(read) == min(max(overlap_of(max_length), 1), len(before), max_length - len(begin) - 1)
+    assert [piece.num_template_tokens for piece in pieces] == [0] * (len(pieces) - 1) + [1]
+
+
+def test_the_drawing_of_a_split_text() -> None:
+    text = Pair((1,), (*range(10, 19), 2))
+    pieces = split_text(text, max_length=16, begin=(1,))
+    assert pieces == [text]
+    pieces = split_text(text, max_length=6, begin=(1,))
+    assert [(piece.prompt_ids, piece.answer_ids) for piece in pieces] == [
+        ((1,), (10, 11, 12, 13, 14)),
+        ((1, 14), (15, 16, 17, 18)),
+        ((1, 18), (2,)),
+    ]

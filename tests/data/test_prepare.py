@@ -33,7 +33,7 @@ from truetune.data.template import Renderer, build_renderer
 from truetune.engine.order import batches
 from truetune.errors import UserError
 from truetune.messages import text
-from truetune.records import Conversation, Pair
+from truetune.records import Conversation, Pair, Row
 
 STOP = "<|im_end|>"
 
@@ -658,7 +658,53 @@ def test_texts_are_told_apart(write_json: Callable[..., Path], renderer: Rendere
     assert (len(prepared.train), len(prepared.held_out)) == (52, 8)
     assert (prepared.report.other_answers, prepared.report.exact_duplicates) == (0, 0)
     long = write_json([{"text": "word " * 500}], "long.json")
-    assert prepare(Config(data=[str(long)], max_length=60, overlong="cut_prompt"), renderer).report.rows_refused == 1
+    assert prepare(Config(data=[str(long)], max_length=60, overlong="cut_prompt"), renderer).report.rows_refused == 0
+
+
+def test_a_long_text_is_split_into_rows(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """Every token of every text is learned once, in order; rows are numbered on; nothing of a text is on both sides."""
+    texts = [" ".join(f"word{n} is {number}" for n in range(5 + 40 * (number % 3))) for number in range(40)]
+    path = write_json([{"text": some} for some in texts])
+    prepared = prepare(Config(data=[str(path)], max_length=64, eval_split=0.2), renderer)
+    report = prepared.report
+    assert (report.rows_read, report.rows_refused) == (40, 0)
+    assert report.rows_used == len(prepared.train) + len(prepared.held_out) > 100
+    assert report.longest == 64
+    rows = sorted([*prepared.train, *prepared.held_out], key=lambda row: row.index)
+    assert [row.index for row in rows] == [*range(len(rows))]
+    of_text: dict[str, list[Row]] = {}
+    for row in rows:
+        of_text.setdefault(row.where.partition(" (")[0], []).append(row)
+    assert len(of_text) == 40
+    for some, pieces in zip(texts, of_text.values(), strict=True):
+        learned = [token for piece in pieces for token in piece.pairs[0].answer_ids]
+        assert renderer.tokenizer.decode([*pieces[0].pairs[0].prompt_ids, *learned]) == some + STOP
+        assert [piece.pairs[0].num_template_tokens for piece in pieces] == [0] * (len(pieces) - 1) + [1]
+        if len(pieces) > 1:
+            assert pieces[-1].where.endswith(f" ({len(pieces)}/{len(pieces)})")
+        assert "".join(piece.answer for piece in pieces).endswith(STOP if len(pieces) > 1 else some)
+    assert report.learned_tokens == sum(len(row.pairs[0].answer_ids) for row in rows)
+    assert report.learned_template_tokens == 40
+    assert report.other_answers == 0
+    sides = [{row.where.partition(" (")[0] for row in side} for side in (prepared.train, prepared.held_out)]
+    assert sides[0] & sides[1] == set()
+    assert len(sides[1]) >= 3
+    values = {"texts": 26, "pieces": len(rows) - 14, "max_length": 64, "overlap": 8}
+    assert text("note.pieces", **values) in report.notes
+    assert text("note.texts", count=40, stop=STOP) in report.notes
+
+
+def test_pieces_are_numbered_over_batches(
+    write_json: Callable[..., Path], renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch adds moves the rows of all that follow: the same rows whatever the batches are."""
+    path = write_json([{"text": f"{number} and on " * (1 + 20 * (number % 2))} for number in range(9)])
+    config = Config(data=[str(path)], max_length=32, eval_split=0)
+    whole = [*prepare(config, renderer).train]
+    assert len(whole) > 9
+    monkeypatch.setattr(prepare_module, "BATCH_ROWS", 2)
+    monkeypatch.setattr(prepare_module, "STORE_VERSION", -1)
+    assert [*prepare(config, renderer).train] == whole
 
 
 def test_weights_that_leave_nothing(write_json: Callable[..., Path], renderer: Renderer) -> None:

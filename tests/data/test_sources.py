@@ -124,6 +124,7 @@ BAD_FILES: dict[str, tuple[bytes, str, str]] = {
     "rows.json.gz": (b"not gzip", "data_unreadable", "data_unreadable"),
     "cut.jsonl.gz": (gzip.compress(_lines())[:-20], "data_unreadable", "data_unreadable"),
     "empty.json": (b"", "data_empty", "data_empty"),
+    "gbk.txt": ("你好\n你好".encode("gbk"), "data_not_utf8", "data_not_utf8"),
 }
 
 
@@ -135,6 +136,31 @@ def test_bad_file(name: str, tmp_path: Path) -> None:
     error = _fault(path)
     assert (error.key, error.fix) == (key, fix)
     assert error.where.startswith(str(path))
+
+
+def test_a_text_file_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Character by character as it is, packed or not; a byte order mark is none of it."""
+    content = "# Title\r\n\n  two  spaces\t你好 \n"
+    for name, written in {
+        "a.txt": content.encode(),
+        "b.MD": b"\xef\xbb\xbf" + content.encode(),
+        "c.txt.gz": gzip.compress(content.encode()),
+    }.items():
+        (tmp_path / name).write_bytes(written)
+        (row,) = read_rows(Source(tmp_path / name))
+        assert (row.where, row.value) == (f"{tmp_path / name}:1", {"text": content})
+    (tmp_path / "g.txt").write_bytes("你好".encode("gbk"))
+    assert _values(tmp_path / "g.txt", encoding="gbk") == [{"text": "你好"}]
+    monkeypatch.setattr(sources, "MAX_FIELD_CHARS", 10)
+    assert (_fault(tmp_path / "a.txt").key, _fault(tmp_path / "a.txt").fix) == ("data_record_large", "data_text_large")
+
+
+def test_a_folder_of_texts_is_data_and_a_readme_beside_rows_is_not(tmp_path: Path) -> None:
+    for name in ("README.md", "b.txt", "a.md.gz"):
+        (tmp_path / name).write_text("text")
+    assert [file.path.name for file in find_files([str(tmp_path)])] == ["README.md", "a.md.gz", "b.txt"]
+    (tmp_path / "rows.json").write_text("[]")
+    assert [file.path.name for file in find_files([str(tmp_path)])] == ["rows.json"]
 
 
 def test_encoding_of_a_csv(tmp_path: Path) -> None:
@@ -213,7 +239,7 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
     key, fix, values = NOT_FOUND[name]
     (tmp_path / "train.json").touch()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "rows.txt").touch()
+    (tmp_path / "empty" / "rows.log").touch()
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as caught:
         find_files([str(tmp_path / "train.json"), str(tmp_path / name)])
@@ -224,5 +250,5 @@ def test_find_files_refuses(name: str, tmp_path: Path, assert_fault: Callable[..
 def test_every_fault_of_the_module_is_met_above() -> None:
     named = set(re.findall(r'(?:User|Row)Error\(\s*"(\w+)"', Path(str(sources.__file__)).read_text()))
     met = {key for _, key, _ in BAD_FILES.values()} | {key for key, _, _ in NOT_FOUND.values()}
-    assert named <= met | {"data_bomb", "data_changed", "row_csv_fields", "data_hub_files"}
+    assert named <= met | {"data_bomb", "data_changed", "row_csv_fields", "data_hub_files", "data_record_large"}
     assert len(named) >= 11

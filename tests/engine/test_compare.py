@@ -12,7 +12,7 @@ from truetune.engine import compare, step
 from truetune.engine.attention import _Core
 from truetune.engine.compare import choose_engine, comparison_pairs
 from truetune.engine.step import Engine
-from truetune.model import Base, add_lora, load_base
+from truetune.model import Base, add_lora, load_base, train_all
 from truetune.records import Pair
 
 PREFIX = tuple(range(50, 62))
@@ -128,3 +128,97 @@ def test_attention_dropout_falls_back(engine: Engine) -> None:
     choice = choose_engine(engine, PAIRS)
     assert choice.engine.kind != "trie"
     assert "dropout" in choice.comparisons[0].problem
+
+
+# --- full fine-tuning ---
+
+
+@pytest.fixture
+def whole(tiny_qwen: Path) -> Engine:
+    """The tiny model with all weights trained."""
+    return Engine(train_all(load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")), "plain", 0, 1 << 40)
+
+
+@pytest.mark.parametrize("max_whole", [0, 1 << 20, 1 << 40])
+def test_all_weights_are_compared(whole: Engine, max_whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, or by random signs: both find the trie right; the whole gradient never was."""
+    monkeypatch.setattr(compare, "MAX_WHOLE", max_whole)
+    most, right = [], compare._told
+
+    def told(gradient: torch.Tensor, seed: int) -> torch.Tensor:
+        most.append(sum(p.grad is not None for p in whole.model.parameters()))
+        return right(gradient, seed)
+
+    monkeypatch.setattr(compare, "_told", told)
+    choice = choose_engine(whole, PAIRS)
+    (result,) = choice.comparisons
+    assert (choice.engine.kind, result.is_same) == ("trie", True)
+    assert result.gradient < 1e-5
+    assert max(most) == 0
+    assert len(most) >= 2 * len([*whole.model.parameters()])
+    assert all(p.grad is None for p in whole.model.parameters())
+
+
+def lose(name: str) -> Any:
+    """Plant: the engine gives weights called so no gradient."""
+
+    def plant(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = compare._loss_and_gradient
+
+        def hurt(engine: Engine, pairs: Any) -> Any:
+            hooks = []
+            if engine.kind != "plain":
+                for key, p in engine.model.named_parameters():
+                    if name in key:
+                        hooks.append(p.register_hook(torch.zeros_like))
+            try:
+                return right(engine, pairs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        monkeypatch.setattr(compare, "_loss_and_gradient", hurt)
+
+    return plant
+
+
+def lose_head(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant: of the tied embedding, only what comes in at the bottom is learned."""
+    from dataclasses import replace
+
+    right = step.find_head
+
+    def find(model: Any) -> Any:
+        head = right(model)
+        return replace(head, weight_VD=head.weight_VD.detach())
+
+    monkeypatch.setattr(step, "find_head", find)
+
+
+LOST = {"tied head": lose_head, "a norm": lose("layers.1.input_layernorm"), "a bit of a layer": lose("0.mlp.up_proj")}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("max_whole", [0, 1 << 20])
+def test_lost_gradients_of_weights_are_found(
+    name: str, max_whole: int, whole: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where gradients are only known by random signs: nothing but the model's own code is then left."""
+    monkeypatch.setattr(compare, "MAX_WHOLE", max_whole)
+    LOST[name](whole, monkeypatch)
+    choice = choose_engine(whole, PAIRS)
+    assert choice.engine.kind == "plain"
+    assert all(result.gradient > 1e-3 for result in choice.comparisons), choice.comparisons
+
+
+def test_signs_keep_the_norm() -> None:
+    """Of a layer's gradient to a few percent, of a single row to a half; the sum of two is the two sums'."""
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.randn(600, 2000, generator=generator)
+    row = torch.zeros_like(gradient)
+    row[77] = 1e-3 * gradient[77]
+    for some, tolerance in ((gradient, 0.03), (row, 0.6)):
+        assert float(compare._told(some, 5).norm()) == pytest.approx(float(some.norm()), rel=tolerance)
+    both = compare._told(gradient, 5) + compare._told(row, 5)
+    assert torch.allclose(both, compare._told(gradient + row, 5), rtol=1e-4, atol=1e-4)
+    assert compare._told(gradient, 5).numel() == 600 * compare.NUM_SIGNS

@@ -166,3 +166,41 @@ def test_layer_of_that_name_that_computes_something_else_is_left_alone() -> None
             return x / x.abs().mean(-1, keepdim=True) * self.weight
 
     assert fuse(OddRMSNorm()) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("block_values", [1, 100, 1 << 18])
+def test_trained_norms_get_their_gradient(name: str, block_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight of a layer, norms of queries and keys included, in one block and in many; frozen ones get none."""
+    monkeypatch.setattr(fused, "BLOCK_VALUES", block_values)
+    model = make(name).requires_grad_(True)
+    assert fuse(model) > 4
+    ids = torch.randint(1, 20, (2, 9), generator=torch.Generator().manual_seed(1))
+    found = []
+    for is_fused in (True, False):
+        use_fused(model, is_fused=is_fused)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters()})
+    norms = [key for key in found[1] if "norm" in key]
+    assert len(norms) == {"llama": 5, "gemma2": 9, "qwen3": 9}[name]
+    for key, wanted in found[1].items():
+        assert float(wanted.norm()) > 0
+        assert float((found[0][key] - wanted).norm()) <= 1e-5 * float(wanted.norm()), key
+    model.requires_grad_(False)
+    use_fused(model, is_fused=True)
+    model.zero_grad(set_to_none=True)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is None for key, p in model.named_parameters() if "norm" in key)
+
+
+def test_bf16_norms_sum_their_gradient_in_fp32() -> None:
+    """Of 4,000 rows: added up in bf16, one by one, the sum would stand still at 256 times a term."""
+    layer = make("llama").model.norm.bfloat16().requires_grad_(True)
+    fuse(layer)
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer(x).float().sum().backward()
+    wide = x.double()
+    wanted = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).sum(0)
+    assert float((layer.weight.grad.double() - wanted).norm()) <= 5e-3 * float(wanted.norm())

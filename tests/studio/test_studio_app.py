@@ -74,5 +74,5 @@ def test_state(page: Any, home: Path, tiny_qwen: Path) -> None:
     state = page.get("state")
     assert (state["cwd"], state["roots"]) == (str(home), [str(home)])
     assert str(tiny_qwen) in state["models"]
-    assert {preset["name"] for preset in state["presets"]} == {"huanhuan", "lighthouse"}
+    assert {preset["name"] for preset in state["presets"]} == {"full", "huanhuan", "lighthouse", "text"}
     assert page.client.get(f"{page.url}health").json() == {"status": "ok"}

@@ -17,8 +17,8 @@ import pyarrow as pa
 from truetune.config import Config
 from truetune.data.encode import Encoded
 from truetune.data.formats import format_of, ignored_keys, to_conversation
-from truetune.data.lengths import check_lengths, cut_prompts
-from truetune.data.store import RecordBuilder, RowFacts
+from truetune.data.lengths import MIN_LENGTH, check_lengths, cut_prompts, split_text
+from truetune.data.store import RecordBuilder, RowFacts, hash_of
 from truetune.data.tally import Tally
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
 from truetune.data.turns import is_target
@@ -95,7 +95,8 @@ class Preparer:
             encoded = list(islice(found, len(drafts)))
             try:
                 pairs = self.renderer.finish(drafts, encoded, where=raw.where)
-                fitting = self._fitting(conversation, pairs)
+                pieces = self._pieces(conversation, pairs)
+                fitting = pairs if pieces else self._fitting(conversation, pairs)
             except RowError as error:
                 tally.refused.append(error)
                 continue
@@ -104,7 +105,12 @@ class Preparer:
             tally.num_cut += fitting != pairs
             tally.num_empty_thinking += sum(draft.rest.startswith(CLOSE_THINKING) for draft in drafts)
             has_system = bool(conversation.messages) and conversation.messages[0]["role"] == "system"
-            builder.add(_row(index, conversation, fitting), RowFacts(source, has_system))
+            number = index + tally.num_added
+            if pieces:
+                self._add_pieces(builder, conversation, pieces, source=source, number=number)
+                tally.num_split, tally.num_added = tally.num_split + 1, tally.num_added + len(pieces) - 1
+            else:
+                builder.add(_row(number, conversation, fitting), RowFacts(source, has_system))
         return Done(builder.build(), tally)
 
     @property
@@ -131,6 +137,23 @@ class Preparer:
             )
         check_lengths(conversation.where, pairs, max_length=limit)
         return pairs
+
+    def _pieces(self, conversation: Conversation, pairs: list[Pair]) -> list[Pair]:
+        """Return the pieces of a plain text that is too long for one row, else []."""
+        limit = self.config.max_length
+        if conversation.text is None or len(pairs[0]) <= limit or limit < MIN_LENGTH:
+            return []
+        return split_text(pairs[0], max_length=limit, begin=self.renderer.begin_ids)
+
+    def _add_pieces(
+        self, builder: RecordBuilder, conversation: Conversation, pieces: Sequence[Pair], *, source: int, number: int
+    ) -> None:
+        """Add a row for each piece, which shows the text that is learned there."""
+        text_hash = hash_of(*(ids for piece in pieces for ids in (piece.prompt_ids, piece.answer_ids)))
+        for at, piece in enumerate(pieces):
+            where = f"{conversation.where} ({at + 1}/{len(pieces)})"
+            shown = self.renderer.tokenizer.decode(piece.answer_ids, skip_special_tokens=False)
+            builder.add(Row(number + at, where, (piece,), (), shown), RowFacts(source, text_hash=text_hash))
 
 
 def _row(index: int, conversation: Conversation, pairs: Sequence[Pair]) -> Row:

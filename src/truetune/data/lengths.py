@@ -1,4 +1,7 @@
-"""The length policy: the only place where a row or a token may go for its length. An answer is never cut."""
+"""The length policy: the only place where a row or a token may go for its length. An answer is never cut.
+
+Plain text goes on where `max_length` ends: it is split, and nothing of it is lost.
+"""
 
 from __future__ import annotations
 
@@ -63,3 +66,37 @@ def _without_oldest(messages: Sequence[Message]) -> tuple[Message, ...]:
     if len(users) < 2:
         return ()
     return (*messages[: int(messages[0]["role"] == "system")], *messages[users[1] :])
+
+
+MIN_LENGTH = 2
+"""Of a piece: a token that is learned, and one before it."""
+
+OVERLAP_SHARE = 8
+"""One part in so many of a piece is context: tokens of the piece before, read again and not learned again."""
+
+
+def overlap_of(max_length: int) -> int:
+    """Return how many tokens before a piece of plain text are read again."""
+    return max(max_length // OVERLAP_SHARE, 1)
+
+
+def split_text(pair: Pair, *, max_length: int, begin: tuple[int, ...]) -> list[Pair]:
+    """Return the pieces of a text that is longer than `max_length` tokens; each token is learned in exactly one.
+
+        text     <bos> a b c d e f g h i <eos>          max_length 6, 1 token of overlap
+        piece 1  <bos> | a b c d e                      <bos> read, the rest learned
+        piece 2  <bos> e | f g h i
+        piece 3  <bos> i | <eos>
+
+    As at inference, every piece begins with `begin`: the token bos, or nothing where the tokenizer writes none.
+    """
+    ids = pair.prompt_ids + pair.answer_ids
+    overlap = min(overlap_of(max_length), max_length - len(begin) - 1)
+    pieces, first = [], len(pair.prompt_ids)
+    while first < len(ids):
+        before = ids[:first] if first <= len(begin) + overlap else (*begin, *ids[first - overlap : first])
+        stop = min(first + max_length - len(before), len(ids))
+        is_last = stop == len(ids)
+        pieces.append(Pair(before, ids[first:stop], pair.num_template_tokens if is_last else 0))
+        first = stop
+    return pieces

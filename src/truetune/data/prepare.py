@@ -40,7 +40,7 @@ MAX_CACHED = 8
 UNFINISHED_S = 24 * 3600
 """After this, a file that was not finished belongs to a process that was killed."""
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Of how rows become prepared rows: another number, and nothing prepared before is used."""
 
 DATA_KEYS = ("encoding", "input_join", "train_on", "max_length", "overlong")
@@ -166,7 +166,7 @@ def _prepare_rows(
 
     with Crew(Preparer(config, renderer), num_bytes=sum(file.path.stat().st_size for file in files)) as crew:
         for done in crew.prepare(_jobs(files, config.encoding)):
-            writer.write(done.records)
+            writer.write(done.records, shift=tally.num_added)
             tally += done.tally
             on_progress(tally.num_read)
     return tally

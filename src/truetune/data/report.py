@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from truetune.config import Config
+from truetune.data.lengths import overlap_of
 from truetune.data.store import StoredRows
 from truetune.data.tally import Tally
 from truetune.data.template import Renderer
@@ -22,7 +23,7 @@ Sides = tuple[StoredRows, StoredRows]
 """(rows to train on, rows held out)."""
 
 FEW_STEPS = 30
-USUAL_LEARNING_RATES = (2e-5, 5e-3)
+USUAL_LEARNING_RATES = {"lora": ("learning_rate", 2e-5, 5e-3), "full": ("learning_rate_full", 5e-7, 2e-4)}
 ALIKE_SHARE = 0.5
 SYSTEM_SHARES = (0.02, 0.98)
 TEMPLATE_SHARE = 0.25
@@ -36,9 +37,10 @@ def make_report(
     steps = num_steps(config, len(train) if mix is None else len(mix))
     lengths = np.concatenate([side.lengths(0, 1) for side in sides])
     rows, prompts = (np.concatenate([side.of_rows(name) for side in sides]) for name in ("row_hash", "prompt_hash"))
+    is_piece = np.concatenate([side.of_rows("is_piece").astype(bool) for side in sides])
     counts: dict[str, Any] = {
         "exact_duplicates": len(rows) - len(np.unique(rows)),
-        "other_answers": _num_other_answers(prompts, rows),
+        "other_answers": _num_other_answers(prompts[~is_piece], rows[~is_piece]),
         "rows_overlapping": int(np.isin(held_out.of_rows("prompt_hash"), train.of_rows("prompt_hash")).sum()),
         "rows_cut": tally.num_cut,
         "pairs": len(lengths),
@@ -59,7 +61,7 @@ def make_report(
         quantiles=quantiles,
         formats=dict(tally.formats),
         diagnosis=[text(f"diagnosis.{key}", lang, **values) for key, values in _diagnose(config, counts, sides)],
-        notes=list(_notes(renderer, tally, lang)),
+        notes=list(_notes(config, renderer, tally, lang)),
         **counts,
     )
 
@@ -93,12 +95,19 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     return sum(count_prefixes(batch.sequences()) for batch in batches)
 
 
-def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
+def _notes(config: Config, renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
     for name, count in tally.ignored.items():
         yield text("note.ignored_key", lang, name=name, count=count)
     preferred = sum(count for name, count in tally.formats.items() if name.startswith("preference"))
     if preferred:
         yield text("note.preference", lang, count=preferred)
+    if tally.formats["text"]:
+        stop = renderer.tokenizer.decode([renderer.stop_ids[0]])
+        yield text("note.texts", lang, count=tally.formats["text"], stop=stop)
+    if tally.num_split:
+        pieces, limit = tally.num_split + tally.num_added, config.max_length
+        values = {"pieces": pieces, "max_length": limit, "overlap": overlap_of(limit)}
+        yield text("note.pieces", lang, texts=tally.num_split, **values)
     if tally.num_cut:
         yield text("note.cut", lang, count=tally.num_cut)
     if renderer.appends_stop:
@@ -112,14 +121,14 @@ def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
 def _diagnose(config: Config, counts: dict[str, Any], sides: Sides) -> Sequence[tuple[str, dict[str, Any]]]:
     """Return (key, values) of what is likely to disappoint."""
     train, held_out = sides
-    lowest, highest = USUAL_LEARNING_RATES
+    rate, lowest, highest = USUAL_LEARNING_RATES[config.finetuning]
     _, repeats = np.unique(train.of_rows("answer_hash"), return_counts=True)
     alike = repeats.max(initial=0) / max(len(train), 1)
     system_share = float(train.of_rows("has_system").mean()) if len(train) else 0.0
     template_share = counts["learned_template_tokens"] / max(counts["learned_tokens"], 1)
     found: list[tuple[bool, str, dict[str, Any]]] = [
         (counts["steps"] < FEW_STEPS, "few_steps", {"steps": counts["steps"]}),
-        (not lowest <= config.learning_rate <= highest, "learning_rate", {"rate": config.learning_rate}),
+        (not lowest <= config.learning_rate <= highest, rate, {"rate": config.learning_rate}),
         (counts["exact_duplicates"] > 0, "duplicates", {"count": counts["exact_duplicates"]}),
         (counts["other_answers"] > 0, "other_answers", {"count": counts["other_answers"]}),
         (counts["rows_overlapping"] > 0, "overlap", {"count": counts["rows_overlapping"]}),

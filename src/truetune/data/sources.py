@@ -22,6 +22,8 @@ from truetune.records import RawRow
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+TEXTS = (".txt", ".md")
+"""One text a file. Of a folder or a data set they are taken only if it has no rows: a README is no data."""
 REFUSED_SUFFIXES = {
     ".zip": "data_archive",
     ".tar": "data_archive",
@@ -67,8 +69,7 @@ def find_files(names: list[str], *, hub: str = "huggingface") -> list[Source]:
             described = Path(info).expanduser() / FILE_NAME if chosen else path
             files += [Source(*found, entry) for found in read_info(described, chosen or None)]
         elif path.is_dir():
-            known = (file for file in path.iterdir() if _kind(file) in SUFFIXES and file.name != FILE_NAME)
-            found = sorted(file for file in known if file.is_file())
+            found = _in_folder(path, SUFFIXES) or _in_folder(path, TEXTS)
             if not found:
                 raise UserError("data_folder_empty", where=name, fix="data_folder_empty")
             files += [Source(file, entry=entry) for file in found]
@@ -83,6 +84,12 @@ def find_files(names: list[str], *, hub: str = "huggingface") -> list[Source]:
     return files
 
 
+def _in_folder(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
+    return sorted(
+        file for file in folder.iterdir() if _kind(file) in kinds and file.name != FILE_NAME and file.is_file()
+    )
+
+
 def _is_hub_id(name: str) -> bool:
     """Return whether a name looks like owner/name of a hub and like no path.
 
@@ -90,7 +97,7 @@ def _is_hub_id(name: str) -> bool:
     [True, True, False, False]
     """
     path = Path(name)
-    return bool(HUB_ID.fullmatch(name)) and _kind(path) not in SUFFIXES and not path.parent.is_dir()
+    return bool(HUB_ID.fullmatch(name)) and _kind(path) not in (*SUFFIXES, *TEXTS) and not path.parent.is_dir()
 
 
 def _hub_files(name: str, hub: str) -> list[Path]:
@@ -132,7 +139,7 @@ def _missing(path: Path) -> UserError:
 
 
 def read_rows(source: Source, *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
-    """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, Parquet; the first three compressed, too.
+    """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, text (packed, too) or Parquet.
 
     Raises: UserError if the file as a whole cannot be read, or changes while it is read.
     """
@@ -153,6 +160,8 @@ def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
             with _open(path) as stream:
                 if kind in (".csv", ".tsv"):
                     yield from _read_csv(path, stream, encoding, delimiter="\t" if kind == ".tsv" else ",")
+                elif kind in TEXTS:
+                    yield _read_text(path, stream, encoding)
                 else:
                     yield from read_json(str(path), stream, encoding=encoding)
     except (OSError, EOFError, pa.ArrowException) as error:
@@ -242,6 +251,17 @@ def _bad_text(path: Path, encoding: str) -> UserError:
 
 def _buffered(stream: IO[bytes]) -> IO[bytes]:
     return io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+
+
+def _read_text(path: Path, stream: IO[bytes], encoding: str) -> RawRow:
+    """Read a file as one text, character by character as it is."""
+    content = _buffered(stream).read(MAX_FIELD_CHARS + 1)
+    if len(content) > MAX_FIELD_CHARS:
+        raise UserError("data_record_large", where=f"{path}:1", fix="data_text_large", most=MAX_FIELD_CHARS)
+    try:
+        return RawRow(f"{path}:1", {"text": content.decode("utf-8-sig" if encoding == "utf-8" else encoding)})
+    except UnicodeError:
+        raise _bad_text(path, encoding) from None
 
 
 def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowError]:

@@ -43,20 +43,26 @@ SCHEMA = pa.schema(
         ("source", pa.int32()),
         ("has_system", pa.bool_()),
         ("turns", pa.string()),
+        # Of plain text that was split; the pieces of a text have its hash as prompt_hash.
+        ("is_piece", pa.bool_()),
     ]
 )
 
 
-ONCE = ("where", "prompt_hash", "row_hash", "answer_hash", "source", "has_system", "turns")
+ONCE = ("where", "prompt_hash", "row_hash", "answer_hash", "source", "has_system", "turns", "is_piece")
 """Columns that only a row's first record has."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """What is counted over all rows. `source`: number of the row's file; `has_system`: it brings a system message."""
+    """What is counted over all rows. `source`: number of the row's file; `has_system`: it brings a system message.
+
+    `text_hash`: of the whole text, if the row is a piece of one; pieces of a text stay on one side.
+    """
 
     source: int = 0
     has_system: bool = False
+    text_hash: int | None = None
 
 
 class RecordBuilder:
@@ -68,16 +74,17 @@ class RecordBuilder:
 
     def add(self, row: Row, facts: RowFacts = RowFacts()) -> None:
         """Append a row."""
-        row_hash = _hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids)))
+        row_hash = hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids)))
         once: dict[str, Any] = {
             "where": row.where,
             # Plain text has no prompt: what two texts begin with says nothing of them.
-            "prompt_hash": _hash_of(row.pairs[0].prompt_ids) if row.prompt else row_hash,
+            "prompt_hash": hash_of(row.pairs[0].prompt_ids) if row.prompt else facts.text_hash or row_hash,
             "row_hash": row_hash,
-            "answer_hash": _hash_of(row.pairs[-1].answer_ids),
+            "answer_hash": hash_of(row.pairs[-1].answer_ids),
             "source": facts.source,
             "has_system": facts.has_system,
             "turns": json.dumps([*row.prompt, row.answer], ensure_ascii=False),
+            "is_piece": facts.text_hash is not None,
         }
         for pair, is_rejected in [*((pair, False) for pair in row.pairs), *((pair, True) for pair in row.rejected)]:
             for ids, (values, ends) in zip((pair.prompt_ids, pair.answer_ids), self._lists, strict=True):
@@ -114,13 +121,15 @@ class RowWriter:
         self._writer.close()
         self._sink.close()
 
-    def write(self, records: pa.RecordBatch) -> None:
-        """Append the records of whole rows."""
+    def write(self, records: pa.RecordBatch, *, shift: int = 0) -> None:
+        """Append the records of whole rows, their numbers raised by `shift`: the rows added before them."""
         if len(records):
+            if shift:
+                records = records.set_column(0, SCHEMA.field(0), pc.add(records["row"], shift))
             self._writer.write_batch(records)
 
 
-def _hash_of(*parts: tuple[int, ...]) -> int:
+def hash_of(*parts: tuple[int, ...]) -> int:
     """Return 64 bits of a hash of ids: two of a million rows meet by chance once in 40 million data sets."""
     digest = hashlib.blake2b(digest_size=8)
     for ids in parts:

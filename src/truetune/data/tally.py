@@ -11,13 +11,18 @@ from truetune.errors import RowError
 
 @dataclass
 class Tally:
-    """What the rows themselves do not say. `refused`: in the order of the files. `formats`: rows of each."""
+    """What the rows themselves do not say. `refused`: in the order of the files. `formats`: rows of each.
+
+    `num_split`: texts that became several rows; `num_added`: rows that this made beyond the texts themselves.
+    """
 
     num_read: int = 0
     refused: list[RowError] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     num_cut: int = 0
+    num_split: int = 0
+    num_added: int = 0
     num_empty_thinking: int = 0
 
     def __iadd__(self, other: Tally) -> Tally:
@@ -27,6 +32,8 @@ class Tally:
         self.formats += other.formats
         self.ignored += other.ignored
         self.num_cut += other.num_cut
+        self.num_split += other.num_split
+        self.num_added += other.num_added
         self.num_empty_thinking += other.num_empty_thinking
         return self
 

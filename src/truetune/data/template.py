@@ -116,8 +116,7 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, without a template: control tokens only where a text begins with one."""
-        bos_id = self.tokenizer.bos_token_id
-        return [*([] if bos_id is None else [bos_id]), *self._encoder.encode_marked(self._encoder.marked(text))]
+        return [*self.begin_ids, *self._encoder.encode_marked(self._encoder.marked(text))]
 
     def pairs(self, conversation: Conversation, *, last_turn_only: bool = False) -> list[Pair]:
         """Return one Pair for every learned turn of the conversation; of a preference pair, the rejected one last.
@@ -166,6 +165,12 @@ class Renderer:
         """Write the tokenizer with this template, so that every tool renders what was trained."""
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(str(folder))
+
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The token bos if the tokenizer itself puts it before plain text, else nothing (SmolLM2's begins turns)."""
+        ids, bos_id = self.tokenizer("")["input_ids"], self.tokenizer.bos_token_id
+        return (bos_id,) if bos_id is not None and ids[:1] == [bos_id] else ()
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -238,8 +243,7 @@ class Renderer:
         if problem:
             raise RowError("template_raised", where=where, fix="template_raised", problem=problem)
         if draft.given is None:
-            bos_id = self.tokenizer.bos_token_id
-            ids = [*([] if bos_id is None else [bos_id]), *rest.ids, self.stop_ids[0]]
+            ids = [*self.begin_ids, *rest.ids, self.stop_ids[0]]
             return Pair((ids[0],), tuple(ids[1:]), 1)
         answer_ids = self._until_stop(where, rest.ids)
         num_given_tokens = sum(_num_given_tokens(self._encoder, draft, rest, text) for text in draft.given)

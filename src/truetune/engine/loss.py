@@ -1,7 +1,8 @@
 """The loss at learned positions only: logits exist for a chunk of them at a time, and never for anything else.
 
 Chunked linear cross-entropy with its gradient computed in the forward (as in Cut Cross-Entropy, arXiv:2411.09009, and
-Liger Kernel): the logits of a chunk are made, used for loss and gradient, and forgotten.
+Liger Kernel): the logits of a chunk are made, used for loss and gradient, and forgotten. Where the head itself is
+trained, each chunk adds to its gradient before it is forgotten.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ the head's products (docs/log.md)."""
 
 @dataclass(frozen=True)
 class Head:
-    """A frozen output head: logits = cap * tanh(scale * (h W^T + bias) / cap); `softcap` None: without the cap."""
+    """An output head: logits = cap * tanh(scale * (h W^T + bias) / cap); `softcap` None: without the cap."""
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None = None
@@ -32,13 +33,13 @@ class Head:
 
 
 def find_head(model: Any) -> Head | None:
-    """Return the output head of a transformers model, None if it is no frozen linear layer.
+    """Return the output head of a transformers model, frozen or trained; None if it is no plain linear layer.
 
     Soft caps (Gemma 2) and scales (Granite, Cohere) are read from the configuration; a head with anything else gives
     other logits than the model itself, which the comparison before step 1 finds.
     """
     layer = model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear or layer.weight.requires_grad:
+    if type(layer) is not torch.nn.Linear:
         return None
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -56,7 +57,11 @@ def edge_loss(
     rows, row_of_edge_E = torch.unique(parents_E, return_inverse=True)
     order = torch.argsort(row_of_edge_E)
     edges = (row_of_edge_E[order], targets_E[order], weights_E[order].float())
-    loss: torch.Tensor = _EdgeLoss.apply(hidden_ND.index_select(0, rows), head, edges)
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    if not torch.is_grad_enabled():
+        # A trained head would be given a gradient that nobody asks for.
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
+    loss: torch.Tensor = _EdgeLoss.apply(hidden_ND.index_select(0, rows), weight_VD, bias_V, head, edges)
     return loss
 
 
@@ -85,29 +90,50 @@ def edge_scores(
 
 class _EdgeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RD: torch.Tensor, head: Head, edges: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        needs_grad = ctx.needs_input_grad[0]
-        grad_RD = torch.empty_like(hidden_RD) if needs_grad else None
+    def forward(
+        ctx: Any,
+        hidden_RD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        head: Head,
+        edges: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_RD = torch.empty_like(hidden_RD) if needs_hidden else None
+        grad_VD = None
+        grad_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=hidden_RD.device) if needs_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
-        size = min(max(CHUNK_LOGITS // len(head.weight_VD), 1), len(hidden_RD))
+        size = min(_chunk_rows(weight_VD, is_trained=needs_weight), len(hidden_RD))
         # One buffer for all chunks: fresh memory costs as much as the product (page faults).
-        buffer_CV = hidden_RD.new_empty(size, len(head.weight_VD))
+        buffer_CV = hidden_RD.new_empty(size, len(weight_VD))
         for start in range(0, len(hidden_RD), size):
             hidden_CD = hidden_RD[start : start + size]
-            logits_CV = torch.mm(hidden_CD, head.weight_VD.T, out=buffer_CV[: len(hidden_CD)])
-            if head.bias_V is not None:
-                logits_CV += head.bias_V
+            logits_CV = torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+            if bias_V is not None:
+                logits_CV += bias_V
             for row, block_V in _blocks(logits_CV):
                 loss += _to_gradient(block_V, head, edges=_edges_of(edges, start + row, len(block_V)))
             if grad_RD is not None:
-                torch.mm(logits_CV, head.weight_VD, out=grad_RD[start : start + size])
-        ctx.save_for_backward(grad_RD)
+                torch.mm(logits_CV, weight_VD, out=grad_RD[start : start + size])
+            if needs_weight:
+                grad_VD = logits_CV.T @ hidden_CD if grad_VD is None else grad_VD.addmm_(logits_CV.T, hidden_CD)
+            if grad_V is not None:
+                grad_V += logits_CV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_RD, grad_VD, None if grad_V is None else grad_V.to(weight_VD.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_RD,) = ctx.saved_tensors
-        return grad_RD * grad.to(grad_RD.dtype), None, None
+        # Nobody else has them, and the head's may be large: scaled where they are. The scale stays fp32, since rounding
+        # it to bf16 would make every gradient too large or too small alike.
+        scaled = [None if some is None else some.mul_(grad) for some in ctx.saved_tensors]
+        return *scaled, None, None
+
+
+def _chunk_rows(weight_VD: torch.Tensor, *, is_trained: bool) -> int:
+    """Return the rows of a chunk. Of a trained head, logits as large as its gradient, which each chunk rereads."""
+    size = max(CHUNK_LOGITS // len(weight_VD), 1)
+    return max(size, weight_VD.shape[1]) if is_trained else size
 
 
 def _blocks(logits_CV: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

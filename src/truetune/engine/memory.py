@@ -123,8 +123,12 @@ def _used_bytes(device: torch.device) -> int:
 
 
 def _optimizer_bytes(engine: Engine) -> int:
-    """Return what AdamW will hold: two fp32 numbers for each trained weight."""
-    return 8 * sum(int(parameter.numel()) for parameter in engine.model.parameters() if parameter.requires_grad)
+    """Return what training holds beyond a measured step: AdamW's two fp32 numbers for each trained weight.
+
+    And for weights in bf16, whose masters gather the gradient in fp32, the rest of that.
+    """
+    trained = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    return sum(int(parameter.numel()) * (8 + 4 - parameter.element_size()) for parameter in trained)
 
 
 def _power_of_two(tokens: int, device: torch.device) -> int:

@@ -32,8 +32,7 @@ def export_adapter(source: Source, *, output: Path) -> Exported:
     """
     require_free(output)
     need_gguf(str(output))
-    if source.folder is None:
-        raise UserError("merge_no_adapter", where=source.path, fix="merge_no_adapter")
+    folder = source.require_adapter()
     model, reference = load_with_reference(source)
     base = model.get_base_model()
     base_config = base.config.get_text_config()
@@ -41,7 +40,7 @@ def export_adapter(source: Source, *, output: Path) -> Exported:
     end = ending(source)
     clear_killed(output)
     with staged_file(output) as path:
-        write(path, source.folder, config=base_config)
+        write(path, folder, config=base_config)
         whole = model.unload()
         words = vocabulary(source.renderer.tokenizer, whole.get_input_embeddings().weight.shape[0])
         on = path.with_name("base.gguf")

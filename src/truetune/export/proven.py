@@ -12,7 +12,7 @@ from truetune.drift import Drift, answer_logits, compare, model_logits
 from truetune.errors import UserError
 from truetune.export import gguf, llama
 from truetune.export.vocabulary import vocabulary
-from truetune.merge import LIMITS, Reference, load_with_reference, merge_weights, refuse_far, stop_ids
+from truetune.merge import LIMITS, Reference, load_with_reference, merge_weights, refuse_far
 from truetune.model import load_gguf, need_gguf
 from truetune.source import Source
 
@@ -84,7 +84,7 @@ def _read_back(path: Path, source: Source) -> Any:
 
 def ending(source: Source) -> gguf.Ending:
     """Return the ids that the file names: the end of a turn is what ends the answers of training."""
-    tokenizer, stops = source.renderer.tokenizer, stop_ids(source.renderer)
+    tokenizer, stops = source.renderer.tokenizer, identity.stop_ids(source.renderer)
     bos, adds_bos = tokenizer.bos_token_id, begins_with_bos(source)
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else stops[0]
     return gguf.Ending(eos, stops[0], bos, tokenizer.unk_token_id, tokenizer.pad_token_id, adds_bos)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from truetune.messages.en import TEXTS as ENGLISH
-from truetune.messages.en_faults import TEXTS as ENGLISH_FAULTS
-from truetune.messages.en_ranks import TEXTS as ENGLISH_RANKS
-from truetune.messages.en_report import TEXTS as ENGLISH_REPORT
-from truetune.messages.en_studio import TEXTS as ENGLISH_STUDIO
-from truetune.messages.zh import TEXTS as CHINESE
-from truetune.messages.zh_faults import TEXTS as CHINESE_FAULTS
-from truetune.messages.zh_ranks import TEXTS as CHINESE_RANKS
-from truetune.messages.zh_report import TEXTS as CHINESE_REPORT
-from truetune.messages.zh_studio import TEXTS as CHINESE_STUDIO
+LANGUAGES = ("en", "zh")
+PARTS = ("", "_faults", "_full", "_ranks", "_report", "_studio")
+"""The files of each language: the screen's, and one for each larger part."""
 
-CATALOGUES = {
-    "en": ENGLISH | ENGLISH_FAULTS | ENGLISH_RANKS | ENGLISH_REPORT | ENGLISH_STUDIO,
-    "zh": CHINESE | CHINESE_FAULTS | CHINESE_RANKS | CHINESE_REPORT | CHINESE_STUDIO,
-}
+
+def _texts(lang: str) -> dict[str, str]:
+    """Return all texts of a language."""
+    files = [import_module(f"{__name__}.{lang}{part}") for part in PARTS]
+    return {key: value for file in files for key, value in file.TEXTS.items()}
+
+
+CATALOGUES = {lang: _texts(lang) for lang in LANGUAGES}
 
 
 def text(key: str, lang: str = "en", **values: Any) -> str:

@@ -36,7 +36,7 @@ TEXTS = {
     "help.studio_port": "Port to listen on; otherwise 7860, or the next free one.",
     "help.studio_root": "A folder that the page may open files from, beside this one; may be given several times.",
     "help.no_browser": "Do not open the page in the browser.",
-    "command.train": "Check the data, train, evaluate, write the adapter.",
+    "command.train": "Check the data, train, evaluate, write the result.",
     "command.check": "Show what would be learned, and what not, before any training.",
     "command.chat": "Talk to a run, an adapter or a model (the newest run by default).",
     "command.serve": "Serve runs, adapters or a model over the OpenAI API (the newest run by default).",
@@ -90,7 +90,7 @@ TEXTS = {
     "field.eval_steps": "Steps between evaluations, or auto (about 3 % of the time, at most 10).",
     "field.save_steps": "Steps between checkpoints, or auto (about 20 a run).",
     "field.save_total_limit": "Checkpoints kept.",
-    "field.result": "Which checkpoint becomes adapter/: best (held-out loss) or last; auto: best if rows are held out.",
+    "field.result": "Which checkpoint is the result: best (held-out loss) or last; auto: best if rows are held out.",
     "field.early_stopping_patience": "Evaluations without a better held-out loss after which the run ends.",
     "field.sample_prompts": "Prompts answered at evaluations: texts, none, or auto (4 held-out rows).",
     "field.report_to": "Trackers: swanlab, tensorboard.",
@@ -167,7 +167,7 @@ TEXTS = {
     "train.other_versions": "Other libraries or another machine: {names}; what follows may differ in the last bits.",
     "train.skipped": "step {step}: the loss is {loss}; skipped, the weights are as they were (rows {row_ids})",
     "train.stopped_early": "Stopped after step {step}: the held-out loss was lowest at step {best_step}.",
-    "train.best": "The adapter is that of step {step}, with the lowest held-out loss ({loss:.4f}).",
+    "train.best": "The result is that of step {step}, with the lowest held-out loss ({loss:.4f}).",
     "train.tracker_failed": "The tracker does not answer ({problem}); training goes on, events.jsonl has all numbers.",
     "train.log_waits": "The disk is full: lines for {path} wait in memory; training goes on.",
     "finding.eval_rising": (
@@ -180,7 +180,7 @@ TEXTS = {
         "The learning rate may be too low or too high, or the answers do not follow from the prompts."
     ),
     "train.already_done": "The run in {path} is finished; nothing to do.",
-    "train.done": "Adapter: {path}",
+    "train.done": "Result: {path}",
     "train.chat": "Talk to it: truetune chat {path}",
     "check.row": "{where}  prompt {prompt} tokens, learned {answer}",
     "chat.model": "Model: {name}",
@@ -262,7 +262,7 @@ TEXTS = {
     "merge.system": "The run's system prompt is not in the weights; other tools must send it: {system}",
     "export.done": "Written: {path} ({kind}, {size:,.1f} MB)",
     "export.drift": (
-        "{reader}, compared with base and adapter on {tokens} tokens of {pairs} answers: KL {kl:.1e} nats a token, "
+        "{reader}, compared with what was trained on {tokens} tokens of {pairs} answers: KL {kl:.1e} nats a token, "
         "the same likeliest token at {same:.1%}, else preferred by {gap:.2f} at most."
     ),
     "export.prompts": "llama.cpp reads {same} of {reachable} prompts as the token ids of training.",

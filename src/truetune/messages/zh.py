@@ -90,7 +90,7 @@ TEXTS = {
     "field.eval_steps": "每隔几步评估一次，或 auto（约占 3 % 的时间，最多 10 次）。",
     "field.save_steps": "每隔几步存一个检查点，或 auto（每次训练约 20 个）。",
     "field.save_total_limit": "保留几个检查点。",
-    "field.result": "哪个检查点成为 adapter/：best（留出样本损失最低）或 last；auto：有留出样本时为 best。",
+    "field.result": "哪个检查点成为结果：best（留出样本损失最低）或 last；auto：有留出样本时为 best。",
     "field.early_stopping_patience": "留出样本的损失连续这么多次评估没有变好，就结束训练。",
     "field.sample_prompts": "每次评估时回答的提问：文本、none（不回答）或 auto（4 条留出数据）。",
     "field.report_to": "跟踪器：swanlab、tensorboard。",
@@ -164,7 +164,7 @@ TEXTS = {
     "train.other_versions": "库或机器与开始时不同：{names}；之后的结果不保证逐位相同。",
     "train.skipped": "第 {step} 步：损失是 {loss}；跳过这一步，权重没有改动（样本 {row_ids}）",
     "train.stopped_early": "在第 {step} 步之后停止：留出样本的损失在第 {best_step} 步最低。",
-    "train.best": "适配器取自第 {step} 步，那时留出样本的损失最低（{loss:.4f}）。",
+    "train.best": "结果取自第 {step} 步，那时留出样本的损失最低（{loss:.4f}）。",
     "train.tracker_failed": "跟踪器没有响应（{problem}）；训练继续，所有数字都在 events.jsonl 里。",
     "train.log_waits": "磁盘已满：{path} 的新内容暂存在内存里；训练继续。",
     "finding.eval_rising": (
@@ -177,7 +177,7 @@ TEXTS = {
         "学习率可能太小或太大，或者回答与提示无关。"
     ),
     "train.already_done": "{path} 里的训练已经完成，无事可做。",
-    "train.done": "适配器：{path}",
+    "train.done": "结果：{path}",
     "train.chat": "与它对话：truetune chat {path}",
     "check.row": "{where}  提示 {prompt} 个 token，学习 {answer} 个",
     "chat.model": "模型：{name}",
@@ -252,7 +252,7 @@ TEXTS = {
     "merge.system": "训练时的系统提示不在权重里，其他工具需要自己发送：{system}",
     "export.done": "已写下：{path}（{kind}，{size:,.1f} MB）",
     "export.drift": (
-        "{reader} 与基座加适配器比较（{pairs} 条回答，{tokens} 个 token）：每 token KL {kl:.1e} nats，"
+        "{reader} 与训练结果比较（{pairs} 条回答，{tokens} 个 token）：每 token KL {kl:.1e} nats，"
         "最可能 token 相同的占 {same:.1%}，不同处最多相差 {gap:.2f}。"
     ),
     "export.prompts": "{reachable} 条提示中，llama.cpp 读出的 token 与训练时相同的有 {same} 条。",

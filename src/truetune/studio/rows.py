@@ -18,6 +18,7 @@ from truetune.data.store import StoredRows
 from truetune.disk import read_manifest
 from truetune.errors import UserError
 from truetune.records import Message, Pair, Row
+from truetune.rundir import RunDir
 
 SIDES = {"train": "train.arrow", "eval": "eval.arrow"}
 REFUSED = "refused.jsonl"
@@ -110,8 +111,8 @@ def refused(store: Path, *, start: int, count: int) -> dict[str, Any]:
 
 
 def tokenizer_path(store: Path) -> Path | None:
-    """Return the tokenizer.json of a store: its own, the run's adapter's, or the base's that its manifest names."""
-    places = [store / TOKENIZER, store.parent / "adapter" / TOKENIZER]
+    """Return the tokenizer.json of a store: its own, the run's result's, or the base's that its manifest names."""
+    places = [store / TOKENIZER, RunDir(store.parent).result / TOKENIZER]
     named = _facts(store).get("tokenizer")
     if named:
         places.append(Path(str(named)))

@@ -76,8 +76,8 @@ class Runs:
             "total_steps": info.get("steps"),
             "loss": float(losses[-1]) if len(losses) else None,
             "eval_loss_before": held_out.get(0),
-            "eval_loss_after": held_out.get(run.adapter_step or -1, next(reversed(held_out.values()), None)),
-            "adapter_step": run.adapter_step,
+            "eval_loss_after": held_out.get(run.result_step or -1, next(reversed(held_out.values()), None)),
+            "result_step": run.result_step,
         }
 
     def whole(self, name: str) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class Talk:
         except TruetuneError as error:
             yield _event({"error": fault(error, lang)})
             return
+        if ask.get("side") == BASE and len(names) == 1:
+            # Of full fine-tuning, only the result is served.
+            problem = UserError("studio_no_base", where=run.path.name, fix="studio_no_base", name=run.path.name)
+            yield _event({"error": fault(problem, lang)})
+            return
         passed = {key: ask[key] for key in PASSED_ON if ask.get(key) is not None}
         model = names[-1] if ask.get("side") == BASE else names[0]
         body = {"model": model, "messages": messages, "stream": True, **passed}
@@ -103,7 +108,7 @@ class Talk:
         """Return where the server of a run is, and the names of its models, the base's last; start it if need be."""
         async with self._lock:
             known = self._known()
-            if known is None or known["run"] != str(run.path) or known["step"] != run.adapter_step:
+            if known is None or known["run"] != str(run.path) or known["step"] != run.result_step:
                 await asyncio.to_thread(self._end, known)
                 known = await asyncio.to_thread(self._start, run)
             url = f"http://127.0.0.1:{known['port']}"
@@ -136,7 +141,7 @@ class Talk:
             )
         known = {
             "run": str(run.path),
-            "step": run.adapter_step,
+            "step": run.result_step,
             "port": port,
             "pid": self._child.pid,
             "pid_started": psutil.Process(self._child.pid).create_time(),

@@ -16,7 +16,7 @@ const QUANTIZE = ["F16", "F32", "BF16", "Q8_0", "Q4_0"];
 
 export function UsePart({ run }) {
   const from = nearPath(run.path);
-  if (run.adapter_step == null) return html`<p class="soft">${t("no_adapter")}</p>`;
+  if (run.result_step == null) return html`<p class="soft">${t("no_adapter")}</p>`;
   return html`<div class="two">
     <${Making} title=${t("merge_title")} lead=${t("merge_lead")} command="merge" output=${`${from}-merged`}
       wordsOf=${({ output }) => [from, "--output-dir", output]} />

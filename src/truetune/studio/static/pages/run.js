@@ -60,7 +60,7 @@ export function RunPage({ rest }) {
       <span class="buttons">
         ${isRunning && html`<button type="button" onClick=${() => post(`${path(name)}/stop`).catch(setFault)}>${t("stop")}</button>`}
         ${!isBusy && !isRunning && run.state !== "done" && html`<button type="button" class="main" onClick=${resume}>${t("resume")}</button>`}
-        ${run.adapter_step != null && html`<a class="button" href=${`#/chat/${encodeURIComponent(name)}`}>${t("tab_chat")}</a>`}
+        ${run.result_step != null && html`<a class="button" href=${`#/chat/${encodeURIComponent(name)}`}>${t("tab_chat")}</a>`}
       </span></div>
     <p class="soft">${[run.data].flat().map(baseName).join(", ")} · ${baseName(run.model)}</p>
     ${run.error && html`<p class="fault">${run.error}</p>`}
@@ -133,5 +133,5 @@ function Checkpoints({ run }) {
   if (!all.length) return null;
   return html`<h2>${t("checkpoints")}</h2><table><thead><tr><th scope="col">${t("step")}</th><th scope="col">${t("held_out_loss")}</th><th scope="col">${t("use")}</th></tr></thead>
     <tbody>${all.map((one) => html`<tr key=${one.step ?? one}><th scope="row">${whole(one.step ?? one)}</th><td>${number(one.eval_loss)}</td>
-      <td>${(one.step ?? one) === run.adapter_step ? t("is_result") : ""}</td></tr>`)}</tbody></table>`;
+      <td>${(one.step ?? one) === run.result_step ? t("is_result") : ""}</td></tr>`)}</tbody></table>`;
 }

@@ -9,7 +9,7 @@ const SIDES = ["base", "tuned"];
 
 export function TalkPage({ rest }) {
   const { value: runs, error } = useAsked("runs", {}, []);
-  const ready = (runs ?? []).filter((run) => run.adapter_step != null || run.has_adapter || run.state === "done");
+  const ready = (runs ?? []).filter((run) => run.result_step != null || run.has_adapter || run.state === "done");
   const name = rest[0] ?? ready[0]?.name;
   const choose = (event) => { location.hash = `#/chat/${encodeURIComponent(event.target.value)}`; };
   return html`<h1>${t("chat_title")}</h1><p class="lead">${t("chat_lead")}</p><${Fault} error=${error} />
