@@ -20,8 +20,14 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    "messages": {
+        f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_kinds", "_report", "_studio")
+    },
+    **{
+        f"messages.{lang}{part}": set()
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_kinds", "_report", "_studio")
+    },
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -59,7 +65,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.flash": set(),
     "engine.families": set(),
     "engine.fused": {"engine.lora"},
-    "engine.lora": set(),
+    "engine.quiet": set(),
+    "engine.quantised": {"engine.quiet"},
+    "engine.lora": {"engine.quantised", "engine.quiet"},
     "engine.loss": set(),
     "engine.step": {"records", "engine.attention", "engine.loss", "engine.trie"},
     "engine.score": {"records", "engine.step", "engine.trie"},
@@ -68,8 +76,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "weights": {"errors"},
     "fingerprint": {"config", "disk"},
-    "model": {"errors", "config", "fingerprint", "hub", "weights", "engine.*"},
-    "checkpoint": {"disk", "errors"},
+    "quantisation": {"errors", "engine.quiet"},
+    "model": {"errors", "config", "fingerprint", "hub", "quantisation", "weights", "engine.*"},
+    "lora_files": {"engine.lora"},
+    "checkpoint": {"disk", "errors", "lora_files"},
     "watch": set(),
     "loop": {"errors", "records", "engine.*"},
     "generate": {"errors", "records", "data.template", "model"},
@@ -82,7 +92,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"console", "disk", "messages", "templates"},
     "identity": {"disk", "errors", "records", "data.template"},
     "trackers": {"errors", "config", "signals"},
-    "preflight": {"errors", "config", "console", "messages", "records", "model", "weights", "data.*"},
+    "preflight": {
+        *("errors", "config", "console", "messages", "records", "model", "quantisation", "weights", "data.*"),
+    },
     "page": {"config", "disk", "messages", "preflight", "templates"},
     "assembly": {
         *("errors", "config", "console", "records", "engine.*", "model", "checkpoint", "loop", "evaluate", "preflight"),
@@ -129,7 +141,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.listen": {"errors", "serve.guard"},
     "serve.app": {"errors", "data.jinja", "data.template", "use", "serve.*"},
     "serve.running": {"errors", "messages", "use", "serve.*"},
-    "serve.vllm": {"errors", "data.template", "use"},
+    "serve.vllm": {"errors", "data.template", "model", "use"},
     "drift": {"records"},
     "merge": {
         *("checkpoint", "config", "disk", "drift", "errors", "generate", "identity", "model", "records", "source"),

@@ -12,13 +12,13 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from transformers import get_scheduler
 
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
 from truetune.engine.compare import Choice, choose_engine, use_kind
 from truetune.engine.memory import Limits, choose_limits, set_checkpointing
+from truetune.engine.quantised import held_bytes
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
@@ -27,7 +27,7 @@ from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_
 from truetune.preflight import Preflight
 from truetune.records import Row, pairs_of
 from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
-from truetune.weights import require_memory
+from truetune.weights import needed_bytes, require_memory
 
 SAVES_PER_RUN = 20
 MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
@@ -79,18 +79,23 @@ def assemble(
     if accelerator.num_processes > 1:
         raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
     dtype, reason = choose_dtype(config.dtype)
-    require_memory(
-        flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=psutil.virtual_memory().available
-    )
-    with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = accelerator.prepare(_load(flight.base, config, dtype))
+    base, free = flight.base, psutil.virtual_memory().available
+    require_memory(base.folder, name=base.title, dtype=dtype, free_bytes=free, quantization=base.quantization)
+    with console.status("status.load", name=base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
+        model = accelerator.prepare(_load(base, config, dtype))
+    if base.quantization is not None:
+        held, plain = held_bytes(model), needed_bytes(base.folder, dtype="bfloat16")
+        console.say("train.quantised", kind=base.quantization, held=held / 1e9, plain=plain / 1e9, share=held / plain)
     settings = settings.with_chosen(dtype=dtype)
     engine, settings, events = _engine(settings, flight, model, console, is_begun=is_begun)
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
-    console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
+    rates = _rates(scheduler, flight.prepared.report.steps)
+    console.say("train.rates", **rates)
+    if rates["times"] != 1:
+        console.say("train.rates_b", **rates)
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     sampler = _sampler(config, flight, model, held_out)
@@ -175,13 +180,18 @@ def _load(base: Base, config: Config, dtype: str) -> Any:
         dropout=config.lora_dropout,
         targets=config.target_modules,
         seed=config.seed,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.lora_init == "default" else config.lora_init,
     )
 
 
 def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """Return AdamW over the trainable parameters, and the learning rate's schedule."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    # Not above: it imports PEFT, which is to be imported by engine/quiet.py first.
+    from transformers import get_scheduler
+
+    optimizer = _adamw(model, config)
     scheduler = get_scheduler(
         config.lr_scheduler_type,
         optimizer,
@@ -192,12 +202,41 @@ def _optimizer(model: Any, config: Config, *, num_steps: int) -> tuple[torch.opt
     return optimizer, scheduler
 
 
+def _adamw(model: Any, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW over the trainable parameters: in one group, or those of B in one of their own (LoRA+)."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=config.weight_decay,
+    )
+    # PEFT makes four: A, embeddings, B, what is never decayed.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
 def _rates(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step."""
-    (base,), (factor,) = scheduler.base_lrs, scheduler.lr_lambdas
+    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step.
+
+    `times`: the highest rate of a group (B's, with LoRA+) over that of the first.
+    """
+    base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
     rates = [base * factor(step) for step in range(num_steps)]
     highest = max(rates)
-    return {"first": rates[0], "highest": highest, "at": rates.index(highest) + 1, "last": rates[-1]}
+    return {
+        "first": rates[0],
+        "highest": highest,
+        "at": rates.index(highest) + 1,
+        "last": rates[-1],
+        "times": scheduler.base_lrs[-1] / base,
+    }
 
 
 def _plan(config: Config, flight: Preflight) -> Plan:

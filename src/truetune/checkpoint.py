@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json, write_atomic
 from truetune.errors import MachineError, NumericsError, UserError
+from truetune.lora_files import from_files, settings, started, to_files
 
 ADAPTER, OPTIMIZER, TRAINER_STATE = "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json"
 OF_THE_RUN = {OPTIMIZER, TRAINER_STATE, MANIFEST}
@@ -36,7 +37,11 @@ PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenize
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # With another value of these, the tensors of a checkpoint do not fit.
-SHAPING = {"base", "config.lora_r", "config.target_modules"}
+SHAPING = {
+    *("base", "config.lora_r", "config.target_modules", "config.use_dora", "config.lora_init"),
+    # LoRA+ orders the optimizer's parameters by group.
+    "config.loraplus_lr_ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ class State:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint, nearly: the adapter and AdamW's two moments."""
+        """Bytes of a checkpoint, nearly: the adapter, AdamW's two moments, and what the adapter started at."""
         sizes: list[int] = [
             part.numel() * part.element_size() for part in self.model.parameters() if part.requires_grad
         ]
-        return 3 * sum(sizes)
+        return 3 * sum(sizes) + (sum(sizes) if any(True for _ in started(self.model)) else 0)
 
 
 def versions() -> dict[str, str]:
@@ -76,8 +81,10 @@ def save_adapter(model: Any, folder: Path, *, base: Mapping[str, str]) -> None:
     # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    if any(True for _ in started(model)):
+        save_file(to_files(model), str(folder / ADAPTER), metadata={"format": "pt"})
     path = folder / "adapter_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = settings(json.loads(path.read_text(encoding="utf-8")), model)
     values |= {"base_model_name_or_path": base["name"], "revision": base["revision"]}
     write_atomic(path, to_json(values, indent=2) + "\n")
 
@@ -209,9 +216,7 @@ def _shown(name: str, then: str, now: str) -> str:
 
 def load_weights(folder: Path, model: Any) -> None:
     """Put the adapter of a checkpoint, or of a run's adapter/, into `model`, which has LoRA of the same shape."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_file(str(folder / ADAPTER)))
+    from_files(load_file(str(folder / ADAPTER)), model)
 
 
 def load(folder: Path, state: State) -> int:
@@ -235,10 +240,8 @@ def load(folder: Path, state: State) -> int:
 
 def other_tensor(folder: Path, state: State) -> str | None:
     """Return the first tensor of a checkpoint that is not, bit for bit, what `state` holds; None if all are."""
-    from peft import get_peft_model_state_dict
-
     for name, now in (
-        (ADAPTER, get_peft_model_state_dict(state.model)),
+        (ADAPTER, to_files(state.model)),
         (OPTIMIZER, _flatten(state.optimizer.state_dict())),
     ):
         then = load_file(str(folder / name))

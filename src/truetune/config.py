@@ -114,6 +114,11 @@ class Config(BaseModel):
     lora_alpha: PositiveInt = 32
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     target_modules: Words = Field(default_factory=lambda: ["all-linear"])
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_init: Literal["default", "olora", "pissa", "pissa_niter_16"] = "default"
+    loraplus_lr_ratio: Annotated[Float, Field(ge=1)] | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "trie", "flex", "padded", "plain"] = "auto"
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -252,6 +257,12 @@ def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserErro
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
         faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
+    # The start is a part of the base as it is: PEFT has none for DoRA and quantised weights, and none to be dropped.
+    for key in ("use_dora", "quantization", "lora_dropout") if config.lora_init != "default" else ():
+        if getattr(config, key):
+            values = {"init": config.lora_init, "name": key}
+            where = origins.get(key, origins.get("lora_init", key))
+            faults.append(UserError("config_lora_init", where=where, fix="config_lora_init", **values))
     return faults
 
 

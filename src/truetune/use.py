@@ -18,12 +18,16 @@ from truetune.source import find
 
 @dataclass(frozen=True)
 class Model:
-    """A model to talk to. `num_probes`: prompts whose ids were compared with those of training; None without any."""
+    """A model to talk to. `num_probes`: prompts whose ids were compared with those of training; None without any.
+
+    `quantization`: how the base's weights are kept, see Base.
+    """
 
     name: str
     model: Any
     renderer: Renderer
     num_probes: int | None = None
+    quantization: str | None = None
 
     @property
     def has_adapter(self) -> bool:
@@ -91,11 +95,10 @@ def load(path: str | Path, *, is_base: bool = False, use_run_system: bool = True
     """
     source = find(str(path), use_run_system=use_run_system)
     model = load_base(source.base, choose_dtype()[0])
-    if source.folder is None:
-        return Model(str(path), _ready(model), source.renderer, source.num_probes)
-    if is_base:
-        return Model(source.base.title, _ready(model), source.renderer, source.num_probes)
-    return Model(str(source.folder), _ready(load_adapter(model, source.folder)), source.renderer, source.num_probes)
+    name = source.base.title if is_base else str(source.folder or path)
+    if source.folder is not None and not is_base:
+        model = load_adapter(model, source.folder)
+    return Model(name, _ready(model), source.renderer, source.num_probes, source.base.quantization)
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ def find_voices(paths: Sequence[str], *, use_run_system: bool = True) -> tuple[B
     sources = [find(path, use_run_system=use_run_system) for path in paths]
     first = sources[0]
     for path, source in zip(paths, sources, strict=True):
-        if source.base.fingerprint != first.base.fingerprint:
-            names = {"name": source.base.title, "first": first.base.title}
+        bases = (source.base, first.base)
+        if len({(base.fingerprint, base.quantization) for base in bases}) > 1:
+            names = dict(zip(("name", "first"), (base.described for base in bases), strict=True))
             raise UserError("serve_other_base", where=path, fix="serve_other_base", **names)
     voices = [
         Voice(_voice_name(path), source.renderer, source.num_probes, f"adapter_{number}", source.folder)
@@ -160,4 +164,6 @@ def _ready(model: Any) -> Any:
     """Put the model on the device, without dropout."""
     from accelerate import PartialState
 
-    return model.to(PartialState().device).eval()
+    # transformers refuses to move quantised weights: they lie where they were read to.
+    is_placed = getattr(model, "quantization_method", None) is not None
+    return (model if is_placed else model.to(PartialState().device)).eval()

@@ -13,7 +13,9 @@ from typing import Any
 from truetune.errors import MachineError, UserError
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-BYTES = {"float32": 4, "bfloat16": 2}
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+BYTES: dict[str, float] = {"float32": 4, "bfloat16": 2, "4bit": 0.52, "8bit": 1.01}
+"""Of a weight; of a quantised one with its share of the scales (docs/lora.md)."""
 
 
 def check_files(folder: Path) -> None:
@@ -26,12 +28,6 @@ def check_files(folder: Path) -> None:
         _tensors(path)
 
 
-def count_parameters(folder: Path) -> int:
-    """Return the parameters in the weight files of a model."""
-    headers = [_tensors(path) for path in folder.glob("*.safetensors")]
-    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
-
-
 def num_embeddings(folder: Path) -> int | None:
     """Return the rows of the model's embedding matrix: token ids are below it. None if it is not found by name."""
     for path in folder.glob("*.safetensors"):
@@ -41,11 +37,22 @@ def num_embeddings(folder: Path) -> int | None:
     return None
 
 
-def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int) -> None:
+def needed_bytes(folder: Path, *, dtype: str, quantization: str | None = None) -> int:
+    """Return what the weights take in memory: matrices but for embeddings and head quantised, the rest in `dtype`."""
+    total = 0.0
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in _tensors(path).items():
+            is_whole = len(tensor["shape"]) < 2 or name.endswith(EMBEDDINGS + HEADS)
+            kind = dtype if quantization is None or is_whole else quantization
+            total += math.prod(tensor["shape"]) * BYTES[kind]
+    return int(total)
+
+
+def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int, quantization: str | None = None) -> None:
     """Raise MachineError, with the numbers, if the weights alone would not fit into what is free."""
-    needed = count_parameters(folder) * BYTES[dtype]
+    needed = needed_bytes(folder, dtype=dtype, quantization=quantization)
     if needed > free_bytes:
-        values = {"needed": needed / 1e9, "free": free_bytes / 1e9, "dtype": dtype}
+        values = {"needed": needed / 1e9, "free": free_bytes / 1e9, "dtype": quantization or dtype}
         raise MachineError("base_too_large", where=name, fix="base_too_large", **values)
 
 
