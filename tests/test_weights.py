@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from truetune.errors import MachineError, UserError
-from truetune.weights import check_files, count_parameters, num_embeddings, require_memory
+from truetune.weights import check_files, needed_bytes, num_embeddings, require_memory
 
 
 def test_headers_say_what_is_loaded(tiny_qwen: Path) -> None:
     weights = load_file(tiny_qwen / "model.safetensors")
     check_files(tiny_qwen)
-    assert count_parameters(tiny_qwen) == sum(tensor.numel() for tensor in weights.values())
+    assert needed_bytes(tiny_qwen, dtype="bfloat16") == 2 * sum(tensor.numel() for tensor in weights.values())
     assert num_embeddings(tiny_qwen) == len(weights["model.embed_tokens.weight"])
 
 
@@ -37,9 +37,9 @@ def test_a_file_of_another_length_is_damaged(length: int, tmp_path: Path) -> Non
 
 
 def test_memory_is_compared_with_the_weights(tiny_qwen: Path) -> None:
-    needed = 4 * count_parameters(tiny_qwen)
-    require_memory(tiny_qwen, name="m", dtype="float32", free_bytes=needed)
-    require_memory(tiny_qwen, name="m", dtype="bfloat16", free_bytes=needed // 2)
+    needed = needed_bytes(tiny_qwen, dtype="float32")
+    assert needed_bytes(tiny_qwen, dtype="bfloat16") == needed // 2
+    require_memory(needed, needed, name="m", dtype="float32")
     with pytest.raises(MachineError) as caught:
-        require_memory(tiny_qwen, name="m", dtype="float32", free_bytes=needed - 1)
+        require_memory(needed, needed - 1, name="m", dtype="float32")
     assert caught.value.values["needed"] == needed / 1e9

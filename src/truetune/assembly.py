@@ -12,7 +12,6 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from transformers import get_scheduler
 
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
@@ -20,6 +19,7 @@ from truetune.console import Console
 from truetune.engine.compare import Choice, choose_engine, use_kind
 from truetune.engine.master import Masters, keep_masters, own_masters
 from truetune.engine.memory import Limits, choose_limits, free_bytes, set_checkpointing
+from truetune.engine.quantised import held_bytes
 from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
@@ -31,7 +31,7 @@ from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
 from truetune.records import Row, pairs_of
 from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
-from truetune.weights import require_memory
+from truetune.weights import needed_bytes, require_memory
 
 SAVES_PER_RUN = 20
 MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
@@ -95,19 +95,24 @@ def assemble(
     free = free_bytes(accelerator.device) if is_full else psutil.virtual_memory().available
     # Whole bases lie side by side; of a sharded one, a machine loads one at a time.
     free //= 1 if is_sharded else ranks.place.local_size
-    require_memory(flight.base.folder, name=flight.base.title, dtype=dtype, is_full=is_full, free_bytes=free)
-    with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = accelerator.prepare(_load_on(ranks, flight.base, config, dtype))
+    base = flight.base
+    needed = needed_bytes(base.folder, dtype=dtype, quantization=base.quantization, is_full=is_full)
+    require_memory(needed, free, name=base.title, dtype=base.quantization or dtype, is_full=is_full)
+    with console.status("status.load", name=base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
+        model = accelerator.prepare(_load_on(ranks, base, config, dtype))
         masters = keep_masters(model, getattr(torch, dtype)) if is_full else own_masters(model)
+    if base.quantization is not None:
+        held, plain = held_bytes(model), needed_bytes(base.folder, dtype="bfloat16")
+        console.say("train.quantised", kind=base.quantization, held=held / 1e9, plain=plain / 1e9, share=held / plain)
     settings = settings.with_chosen(dtype=dtype)
     engine, settings, events = _engine(settings, flight, model, console=console, is_begun=is_begun, ranks=ranks)
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
-    optimizer, scheduler = _optimizer(masters, config, num_steps=flight.prepared.report.steps)
-    console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
+    optimizer, scheduler = _optimizer(model, masters, config=config, num_steps=flight.prepared.report.steps)
+    _show_rates(scheduler, console, num_steps=flight.prepared.report.steps)
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward, ranks=ranks)
-    state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference(), masters)
+    state = State(model, optimizer, scheduler, identity_of(config, flight), base.reference(), masters)
     _require_same(state.identity, ranks)
     # Alone, rank 0 asks; a sharded model answers on all ranks or none.
     sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or is_sharded)
@@ -226,17 +231,19 @@ def _load(base: Base, config: Config, dtype: str) -> Any:
         dropout=config.lora_dropout,
         targets=config.target_modules,
         seed=config.seed,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.lora_init == "default" else config.lora_init,
     )
 
 
-def _optimizer(masters: Masters, config: Config, *, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
+def _optimizer(model: Any, masters: Masters, *, config: Config, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """Return AdamW over the trained weights, and the learning rate's schedule."""
+    # Not above: it imports PEFT, which is to be imported by engine/quiet.py first.
+    from transformers import get_scheduler
+
     masters.gather()
-    is_full = config.finetuning == "full"
-    # One pass over all weights instead of ten: of whole models, the step would take as long as the backward.
-    optimizer = torch.optim.AdamW(
-        masters.weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=is_full or None
-    )
+    optimizer = _adamw(model, masters, config)
     optimizer.register_step_post_hook(masters.refresh)
     scheduler = get_scheduler(
         config.lr_scheduler_type,
@@ -248,12 +255,51 @@ def _optimizer(masters: Masters, config: Config, *, num_steps: int) -> tuple[tor
     return optimizer, scheduler
 
 
+def _adamw(model: Any, masters: Masters, config: Config) -> torch.optim.Optimizer:
+    """Return AdamW over the trained weights: in one group, or those of B in one of their own (LoRA+)."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is None:
+        is_full = config.finetuning == "full"
+        # One pass over all weights instead of ten: of whole models, the step would take as long as the backward.
+        return torch.optim.AdamW(
+            masters.weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=is_full or None
+        )
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=config.weight_decay,
+    )
+    # PEFT makes four: A, embeddings, B, what is never decayed.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def _show_rates(scheduler: Any, console: Console, *, num_steps: int) -> None:
+    rates = _rates(scheduler, num_steps)
+    console.say("train.rates", **rates)
+    if rates["times"] != 1:
+        console.say("train.rates_b", **rates)
+
+
 def _rates(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step."""
-    (base,), (factor,) = scheduler.base_lrs, scheduler.lr_lambdas
+    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step.
+
+    `times`: the highest rate of a group (B's, with LoRA+) over that of the first.
+    """
+    base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
     rates = [base * factor(step) for step in range(num_steps)]
     highest = max(rates)
-    return {"first": rates[0], "highest": highest, "at": rates.index(highest) + 1, "last": rates[-1]}
+    return {
+        "first": rates[0],
+        "highest": highest,
+        "at": rates.index(highest) + 1,
+        "last": rates[-1],
+        "times": scheduler.base_lrs[-1] / base,
+    }
 
 
 def _plan(config: Config, flight: Preflight) -> Plan:

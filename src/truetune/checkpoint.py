@@ -29,6 +29,7 @@ from torch import distributed as dist
 from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json
 from truetune.engine.master import Masters, own_masters
 from truetune.errors import MachineError, NumericsError, UserError
+from truetune.lora_files import started
 from truetune.ranks import Ranks
 from truetune.trained import Adapter, Trained, Whole, first_other
 from truetune.weights import OPTIMIZER
@@ -42,7 +43,11 @@ PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "tokenize
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 # With another value of these, the tensors of a checkpoint do not fit.
-SHAPING = {"base", "config.finetuning", "config.lora_r", "config.target_modules"}
+SHAPING = {
+    *("base", "config.finetuning", "config.lora_r", "config.target_modules", "config.use_dora", "config.lora_init"),
+    # LoRA+ orders the optimizer's parameters by group.
+    "config.loraplus_lr_ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,9 @@ class State:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint, nearly: the trained weights and AdamW's two moments."""
-        parts = [part for group in self.optimizer.param_groups for part in group["params"]]
-        sizes: list[int] = [part.numel() * part.element_size() for part in parts]
-        return 3 * sum(sizes)
+        """Bytes of a checkpoint, nearly: the trained weights, AdamW's two moments, and what an adapter started at."""
+        size: int = sum(part.numel() * part.element_size() for part in self.weights)
+        return (4 if any(True for _ in started(self.model)) else 3) * size
 
 
 def versions() -> dict[str, str]:

@@ -75,7 +75,10 @@ AutoInt = Literal["auto"] | PositiveInt
 
 
 LANGUAGES = ("en", "zh")
-LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+LORA_KEYS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("use_rslora", "use_dora", "lora_init", "loraplus_lr_ratio", "quantization"),
+)
 """What means something to LoRA alone: refused with full fine-tuning, and not written for it."""
 FULL_LEARNING_RATE = 1e-5
 """Of full fine-tuning, if none is given: LoRA's B begins at 0 and must move far, whole weights hardly at all."""
@@ -119,6 +122,11 @@ class Config(BaseModel):
     lora_alpha: PositiveInt = 32
     lora_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     target_modules: Words = Field(default_factory=lambda: ["all-linear"])
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_init: Literal["default", "olora", "pissa", "pissa_niter_16"] = "default"
+    loraplus_lr_ratio: Annotated[Float, Field(ge=1)] | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "trie", "flex", "padded", "plain"] = "auto"
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -263,10 +271,37 @@ def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserErro
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
         faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
-    if config.finetuning == "full":
-        where = {key: origins[key] for key in LORA_KEYS if key in origins}
-        faults += [UserError("config_not_lora", where=at, fix="config_not_lora", name=key) for key, at in where.items()]
+    faults += [
+        UserError("config_not_lora", where=at, fix="config_not_lora", name=key)
+        for key, at in _lora_only(config, origins)
+    ]
+    faults += _of_start(config, origins)
     return faults
+
+
+def _lora_only(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (key, where) of what was given for LoRA to full fine-tuning."""
+    return [(key, origins[key]) for key in LORA_KEYS if key in origins] if config.finetuning == "full" else []
+
+
+def _of_start(config: Config, origins: Mapping[str, str]) -> list[UserError]:
+    """Return a fault for each key that does not go with a start at a part of the base as it is.
+
+    PEFT has none for DoRA and quantised weights, and none to be dropped.
+    """
+    if config.lora_init == "default":
+        return []
+    return [
+        UserError(
+            "config_lora_init",
+            where=origins.get(key, origins.get("lora_init", key)),
+            fix="config_lora_init",
+            init=config.lora_init,
+            name=key,
+        )
+        for key in ("use_dora", "quantization", "lora_dropout")
+        if getattr(config, key)
+    ]
 
 
 def _as_user_errors(error: ValidationError, origins: Mapping[str, str]) -> UserErrors:

@@ -157,7 +157,7 @@ class Loop:
             batch = self._in_smaller_forwards(batch)
             yield {"kind": "memory", "step": step, "max_tokens": self.engine.max_tokens}
         result = self._together(result)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate, *others = self.scheduler.get_last_lr()
         grad_norm = self._clipped(step, rows, result.loss)
         told = {"step": step, "row_ids": [row.index for row in rows]}
         if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
@@ -172,6 +172,8 @@ class Loop:
             "epoch": round(batch.epoch, 4),
             "loss": result.loss,
             "learning_rate": learning_rate,
+            # B's, where LoRA+ gives it one of its own.
+            **({"learning_rate_b": others[-1]} if others else {}),
             "grad_norm": grad_norm,
             "rows": len(rows),
             "pairs": len(pairs_of(rows)),

@@ -39,27 +39,35 @@ FACTS = {"made_by": "truetune merge"}
 class Reference:
     """What base and adapter, apart, say: `logits` at the answers of `pairs`.
 
-    `learned`: how far training moved them from the base, KL in nats a token; None without an adapter.
+    `learned`: how far training moved them from the base, KL in nats a token; None without an adapter. `trained`: how
+    far they are from what was trained, where that was on a quantised base.
     """
 
     pairs: Sequence[Pair]
     logits: Logits
     learned: float | None = None
+    trained: Drift | None = None
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `lost`: how far rounding moved the weights, against how far training did."""
+    """What was written. `lost`: how far rounding moved the weights, against how far training did.
+
+    `trained`: see Reference.
+    """
 
     folder: Path
     dtype: str
     drift: Drift
     lost: float
     learned: float
+    trained: Drift | None = None
 
 
 def merge(source: Source, *, output: Path, dtype: str = "auto") -> Merged:
     """Write base and adapter as one Hugging Face folder, proven by reading it back.
+
+    An adapter that was trained on a quantised base is merged into the same base as it is on disk.
 
     Raises: UserError if there is nothing to merge, `output` is in the way, the base is quantised, or what is read back
         says something else than base and adapter do.
@@ -80,7 +88,7 @@ def merge(source: Source, *, output: Path, dtype: str = "auto") -> Merged:
         again = load_base(replace(source.base, name=str(output), folder=folder), "float32").eval()
         drift = compare(reference.logits, answer_logits(reference.pairs, of=model_logits(again)))
         refuse_far(drift, where=str(output), fix="merge_far", limits=LIMITS[stored])
-    return Merged(output, stored, drift, lost, reference.learned or 0.0)
+    return Merged(output, stored, drift, lost, reference.learned or 0.0, reference.trained)
 
 
 def require_free(output: Path) -> None:
@@ -100,10 +108,12 @@ def require_free(output: Path) -> None:
 def load_with_reference(source: Source) -> tuple[Any, Reference]:
     """Return base and adapter in fp32, and what they say at answers of the run's rows, or at their own answers.
 
+    The base is as it is on disk; if the adapter was trained on it quantised, that is compared, too.
+
     Raises: UserError if the base is quantised, or the tokenizer has tokens that the base has no weights for.
     """
     _refuse_quantised(source)
-    model = load_base(source.base, "float32")
+    model = load_base(replace(source.base, quantization=None), "float32")
     num_rows, num_tokens = model.get_input_embeddings().weight.shape[0], len(source.renderer.tokenizer)
     if num_tokens > num_rows:
         raise UserError("vocab_grown", where=source.path, fix="vocab_grown", tokens=num_tokens, rows=num_rows)
@@ -116,7 +126,15 @@ def load_with_reference(source: Source) -> tuple[Any, Reference]:
         return model, Reference(pairs, logits)
     with model.disable_adapter():
         learned = compare(logits, answer_logits(pairs, of=model_logits(model))).kl
-    return model, Reference(pairs, logits, learned)
+    return model, Reference(pairs, logits, learned, _from_trained(source, pairs, logits))
+
+
+def _from_trained(source: Source, pairs: Sequence[Pair], logits: Logits) -> Drift | None:
+    """Return how far `logits` are from those of the adapter on the quantised base that it was trained on."""
+    if source.base.quantization is None or source.folder is None:
+        return None
+    model = load_adapter(load_base(source.base, "float32"), source.folder).eval()
+    return compare(answer_logits(pairs, of=model_logits(model)), logits)
 
 
 def _refuse_quantised(source: Source) -> None:

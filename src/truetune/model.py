@@ -6,6 +6,7 @@ A base is a folder of safetensors, a GGUF file (dequantised once into the cache)
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +19,23 @@ from truetune.config import cache_dir
 from truetune.errors import UserError, out_of_memory
 from truetune.fingerprint import hash_file, hash_folder
 from truetune.hub import fetch
+from truetune.quantisation import arguments, require
 from truetune.weights import check_files
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk. `name`: as the user gave it. `folder`: a Hugging Face folder. `fingerprint`: sha256."""
+    """A base model on disk. `name`: as the user gave it. `folder`: a Hugging Face folder. `fingerprint`: sha256.
+
+    `quantization`: how its weights are kept in memory: 4bit, 8bit, or None, as they are.
+    """
 
     name: str
     folder: Path
     fingerprint: str
     revision: str = "main"
     hub: str = "huggingface"
+    quantization: str | None = None
 
     @property
     def title(self) -> str:
@@ -41,13 +47,24 @@ class Base:
         """True if the name is a path, not a hub id."""
         return _looks_like_path(self.name) or Path(self.name).expanduser().exists()
 
+    @property
+    def described(self) -> str:
+        """The title, and how its weights are kept if they are quantised."""
+        return f"{self.title} ({self.quantization})" if self.quantization else self.title
+
+    @property
+    def is_gguf(self) -> bool:
+        """True if the name is that of a GGUF file, and `folder` where its weights lie dequantised."""
+        return self.is_local and self.name.endswith(".gguf")
+
     def reference(self) -> dict[str, str]:
-        """Return what is needed to find the same base again, from any folder."""
+        """Return what is needed to find the same base again, from any folder, and to load it as it was."""
         name = str(Path(self.name).expanduser().resolve()) if self.is_local else self.name
-        return {"name": name, "revision": self.revision, "hub": self.hub, "fingerprint": self.fingerprint}
+        found = {"name": name, "revision": self.revision, "hub": self.hub, "fingerprint": self.fingerprint}
+        return found | ({"quantization": self.quantization} if self.quantization else {})
 
 
-def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") -> Base:
+def find_base(name: str, *, revision: str = "main", hub: str = "huggingface", quantization: str | None = None) -> Base:
     """Return the base called `name`; a hub id is downloaded, a path never touches the network.
 
     Raises: UserError if it does not exist or is no model that can be loaded safely.
@@ -55,10 +72,10 @@ def find_base(name: str, *, revision: str = "main", hub: str = "huggingface") ->
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         fingerprint = hash_file(path)
-        return Base(name, cache_dir() / "gguf" / fingerprint[:16], fingerprint)
+        return Base(name, cache_dir() / "gguf" / fingerprint[:16], fingerprint, quantization=quantization)
     folder = path if path.exists() or _looks_like_path(name) else fetch(name, revision=revision, hub=hub)
     _check_folder(name, folder)
-    return Base(name, folder, hash_folder(folder), revision, hub)
+    return Base(name, folder, hash_folder(folder), revision, hub, quantization)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -190,15 +207,23 @@ def choose_dtype(wanted: str = "auto") -> tuple[str, str]:
 def load_base(base: Base, dtype: str) -> Any:
     """Return the base model in `dtype`, on the CPU; never runs code from the model's folder.
 
-    Raises: UserError if the weights do not fit the configuration, MachineError if memory runs out.
+    A quantised base has its linear layers in 4 or 8 bits (but for the head), the rest in `dtype`.
+
+    Raises: UserError if the weights do not fit the configuration, or bitsandbytes cannot run; MachineError if memory
+        runs out.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from truetune.engine.quantised import dequantise_layers
+
+    if base.quantization is not None:
+        require(base.quantization, folder=base.folder, name=base.name)
+    kind = arguments(base.quantization, dtype=getattr(torch, dtype))
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(base.folder), dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            str(base.folder), dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True, **kind
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -207,6 +232,7 @@ def load_base(base: Base, dtype: str) -> Any:
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError("model_missing_weights", where=base.name, fix="model_broken", name=missing[0], n=len(missing))
+    dequantise_layers(model)
     return model
 
 
@@ -237,18 +263,19 @@ def load_gguf(path: Path, like: Base) -> Any:
         raise UserError("model_broken", where=str(path), fix="model_broken", problem=error) from None
 
 
-def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequence[str], seed: int) -> Any:
+def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequence[str], seed: int, **kind: Any) -> Any:
     """Return `model` with PEFT's LoRA on `targets` ("all-linear", or module names), trainable weights in fp32.
 
-    Its layers are the engine's fused ones, which PEFT makes, names and saves as its own.
+    Its layers are the engine's fused ones, which PEFT makes, names and saves as its own. `kind`: what else PEFT's
+    LoraConfig is told (use_rslora, use_dora, init_lora_weights).
 
     Raises: UserError if no module has one of the names, or PEFT cannot make such LoRA for this model.
     """
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
 
     from truetune.engine.fused import fuse
     from truetune.engine.lora import FusedLinear
+    from truetune.engine.quiet import peft
 
     names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     everything = {name for name, _ in model.named_modules()}
@@ -258,17 +285,38 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, targets: Sequenc
             linear = ", ".join(sorted(names))
             raise UserError("lora_no_target", where="target_modules", fix="lora_no_target", name=target, names=linear)
     chosen = targets[0] if list(targets) == ["all-linear"] else list(targets)
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type=TaskType.CAUSAL_LM
+    config = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, task_type=peft.TaskType.CAUSAL_LM, **kind
     )
     config._register_custom_module({torch.nn.Linear: FusedLinear})
     fuse(model)
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+        tuned = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
         # For one, dropout on the weights of experts.
         raise UserError("lora_refused", where="lora", fix="lora_refused", problem=error) from None
+    if isinstance(config.init_lora_weights, str):
+        _keep_starts(tuned, r)
+    return tuned
+
+
+def _keep_starts(model: Any, r: int) -> None:
+    """Keep what each layer starts at, now that PEFT has cast it.
+
+    Raises: UserError if a layer is not linear, so that PEFT changed its base, or is too small for the rank.
+    """
+    from truetune.engine.quiet import lora
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, lora.LoraLayer):
+            continue
+        if not getattr(layer, "is_from_base", False):
+            raise UserError("lora_init_layer", where="lora_init", fix="lora_init_layer", name=name)
+        (a,), (b,) = ([part.weight for part in side.values()] for side in (layer.lora_A, layer.lora_B))
+        if len(a) < r:
+            raise UserError("lora_init_rank", where="lora_r", fix="lora_init_rank", name=name, r=r, most=len(a))
+        layer.keep_start(a, b)
 
 
 def train_all(model: Any) -> Any:
@@ -310,13 +358,13 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> Any:
 
     Raises: UserError if its weights are not of this model's shapes.
     """
-    from peft import PeftModel
+    from truetune.engine.quiet import peft
 
     try:
-        if isinstance(model, PeftModel):
+        if isinstance(model, peft.PeftModel):
             model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
             return model
-        return PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
+        return peft.PeftModel.from_pretrained(model, str(folder), adapter_name=name, is_trainable=False)
     except (RuntimeError, ValueError) as error:
         # torch lists every tensor; the first one says enough.
         problem = " ".join(str(error).split("\n")[:2])
@@ -325,5 +373,10 @@ def load_adapter(model: Any, folder: Path, *, name: str = "default") -> Any:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Return (trainable, all) parameters."""
-    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
+    # Two weights of 4 bits are one number to torch.
+    states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters()]
+    sizes = [
+        (parameter.requires_grad, parameter.numel() if state is None else math.prod(state.shape))
+        for parameter, state in states
+    ]
     return sum(size for trainable, size in sizes if trainable), sum(size for _, size in sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from truetune.config import Config
 from truetune.console import Console
@@ -12,8 +13,9 @@ from truetune.data.template import Renderer, build_renderer
 from truetune.errors import UserError
 from truetune.messages import text
 from truetune.model import Base, choose_dtype, eos_ids, find_base, load_tokenizer, prepare_base
+from truetune.quantisation import require
 from truetune.records import Report
-from truetune.weights import FULL_BYTES, count_parameters, num_embeddings
+from truetune.weights import FULL_BYTES, count_parameters, needed_bytes, num_embeddings
 
 MAX_REFUSED_SHOWN = 10
 
@@ -36,10 +38,14 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
         raise UserError("no_data", where="data", fix="no_data")
     if config.model is None:
         raise UserError("no_model", where="--model", fix="no_model")
-    base = find_base(config.model, revision=config.revision, hub=config.hub)
+    base = find_base(config.model, revision=config.revision, hub=config.hub, quantization=config.quantization)
     if not base.folder.exists():
         with console.status("status.convert", name=base.title):
             prepare_base(base)
+    if base.quantization is not None:
+        require(base.quantization, folder=base.folder, name=base.title)
+    if base.is_gguf:
+        _say_gguf(base, config, console)
     with console.status("status.read"):
         renderer = build_renderer(
             load_tokenizer(base.folder),
@@ -64,6 +70,14 @@ def _need(base: Base, dtype: str, console: Console) -> str:
     each, count = FULL_BYTES[chosen], count_parameters(base.folder)
     key = "note.full" if chosen == "float32" else "note.full_copy"
     return console.text(key, each=each, count=count, gigabytes=each * count / 1e9)
+
+
+def _say_gguf(base: Base, config: Config, console: Console) -> None:
+    """Say what the weights of a GGUF file take in memory: not what they take in the file."""
+    dtype, _ = choose_dtype(config.dtype)
+    gigabytes = needed_bytes(base.folder, dtype=dtype, quantization=base.quantization) / 1e9
+    file = Path(base.name).expanduser().stat().st_size / 1e9
+    console.say("preflight.gguf", file=file, memory=gigabytes, kind=base.quantization or dtype)
 
 
 def _check_ids(base: Base, prepared: Prepared) -> None:

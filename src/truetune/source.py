@@ -124,8 +124,14 @@ def _adapter(path: str, folder: Path) -> Source:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     known = identity.read(folder)
     revision = config.get("revision") or "main"
-    hub = known["base"]["hub"] if known else "huggingface"
-    base = find_base(config["base_model_name_or_path"], revision=revision, hub=hub)
+    trained = known["base"] if known else {}
+    base = find_base(
+        config["base_model_name_or_path"],
+        revision=revision,
+        hub=trained.get("hub", "huggingface"),
+        # As it was in training.
+        quantization=trained.get("quantization"),
+    )
     if known:
         identity.check_base(folder, known, name=base.name, fingerprint=base.fingerprint)
     prepare_base(base)

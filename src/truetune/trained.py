@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from truetune.disk import to_json, write_atomic
 from truetune.engine.master import Masters
+from truetune.lora_files import from_files, settings, started, to_files
 from truetune.model import Base, load_base
 from truetune.weights import weight_files
 
@@ -65,24 +66,22 @@ class Adapter:
         # save_embedding_layers="auto" asks the hub at every save (peft 0.21, utils/save_and_load.py).
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
+        if any(True for _ in started(self.model)):
+            save_file(to_files(self.model), str(folder / ADAPTER), metadata={"format": "pt"})
         path = folder / "adapter_config.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = settings(json.loads(path.read_text(encoding="utf-8")), self.model)
         values |= {"base_model_name_or_path": self.base["name"], "revision": self.base["revision"]}
         write_atomic(path, to_json(values, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
         """Put the adapter of a folder into the model, which has LoRA of the same shape."""
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(self.model, load_file(str(folder / ADAPTER)))
+        from_files(load_file(str(folder / ADAPTER)), self.model)
 
     show = load
 
     def differs(self, folder: Path) -> str | None:
-        """Compare with what PEFT would save now."""
-        from peft import get_peft_model_state_dict
-
-        return first_other(load_file(str(folder / ADAPTER)), get_peft_model_state_dict(self.model), name=ADAPTER)
+        """Compare with what would be saved now."""
+        return first_other(load_file(str(folder / ADAPTER)), to_files(self.model), name=ADAPTER)
 
     def write_result(self, checkpoint: Path, folder: Path, *, left_out: set[str]) -> None:
         """Copy the files."""

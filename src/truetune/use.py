@@ -19,12 +19,16 @@ from truetune.source import find
 
 @dataclass(frozen=True)
 class Model:
-    """A model to talk to. `num_probes`: prompts whose ids were compared with those of training; None without any."""
+    """A model to talk to. `num_probes`: prompts whose ids were compared with those of training; None without any.
+
+    `quantization`: how the base's weights are kept, see Base.
+    """
 
     name: str
     model: Any
     renderer: Renderer
     num_probes: int | None = None
+    quantization: str | None = None
 
     @property
     def has_adapter(self) -> bool:
@@ -91,17 +95,17 @@ def load(path: str | Path, *, is_base: bool = False, use_run_system: bool = True
     Raises: UserError if it does not exist, its base is another one than it was trained on, or a probe differs.
     """
     source = find(str(path), use_run_system=use_run_system)
-    dtype = choose_dtype()[0]
+    dtype, kind = choose_dtype()[0], source.base.quantization
     if is_base:
         origin = source.origin()
-        return Model(origin.title, _ready(load_base(origin, dtype)), source.renderer, source.num_probes)
+        return Model(origin.title, _ready(load_base(origin, dtype)), source.renderer, source.num_probes, kind)
     model, name = load_base(source.base, dtype), str(path)
     if source.folder is not None:
         model, name = load_adapter(model, source.folder), str(source.folder)
     elif source.is_full:
         # Loaded when it is asked for the first time, and kept: two models in memory from then on.
         model.disable_adapter = BaseWeights(model, cache(lambda: load_base(source.origin(), dtype)))
-    return Model(name, _ready(model), source.renderer, source.num_probes)
+    return Model(name, _ready(model), source.renderer, source.num_probes, kind)
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,9 @@ def find_voices(paths: Sequence[str], *, use_run_system: bool = True) -> tuple[B
     sources = [find(path, use_run_system=use_run_system) for path in paths]
     first = sources[0]
     for path, source in zip(paths, sources, strict=True):
-        if source.base.fingerprint != first.base.fingerprint:
-            names = {"name": source.base.title, "first": first.base.title}
+        bases = (source.base, first.base)
+        if len({(base.fingerprint, base.quantization) for base in bases}) > 1:
+            names = dict(zip(("name", "first"), (base.described for base in bases), strict=True))
             raise UserError("serve_other_base", where=path, fix="serve_other_base", **names)
     voices = [
         Voice(_voice_name(path), source.renderer, source.num_probes, f"adapter_{number}", source.folder)
@@ -166,4 +171,6 @@ def _ready(model: Any) -> Any:
     """Put the model on the device, without dropout."""
     from accelerate import PartialState
 
-    return model.to(PartialState().device).eval()
+    # transformers refuses to move quantised weights: they lie where they were read to.
+    is_placed = getattr(model, "quantization_method", None) is not None
+    return (model if is_placed else model.to(PartialState().device)).eval()

@@ -19,7 +19,10 @@ from truetune.records import Row
 from truetune.rundir import RunDir
 
 TOLD = ("step", "skipped", "eval")
-COMPARED = ("loss", "grad_norm", "learning_rate", "epoch", "learned_tokens", "rows", "eval_loss")
+COMPARED = (
+    *("loss", "grad_norm", "learning_rate", "learning_rate_b", "epoch"),
+    *("learned_tokens", "rows", "eval_loss"),
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from truetune.errors import MachineError, UserError
 
 INDEX = "model.safetensors.index.json"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-BYTES = {"float32": 4, "bfloat16": 2}
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+BYTES: dict[str, float] = {"float32": 4, "bfloat16": 2, "4bit": 0.52, "8bit": 1.01}
+"""Of a weight; of a quantised one with its share of the scales (docs/lora.md)."""
+
 OPTIMIZER = "optimizer.safetensors"
 """The other large file of a checkpoint: no weights of a model."""
 
@@ -56,14 +59,26 @@ def num_embeddings(folder: Path) -> int | None:
     return None
 
 
-def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int, is_full: bool = False) -> None:
-    """Raise MachineError, with the numbers, if what no setting makes smaller would not fit into what is free.
+def needed_bytes(folder: Path, *, dtype: str, quantization: str | None = None, is_full: bool = False) -> int:
+    """Return what no setting makes smaller: the weights; of full fine-tuning also their gradients and moments.
 
-    That is the weights; of full fine-tuning (`is_full`) also their gradients and moments.
+    `quantization`: of matrices but for embeddings and head; the rest is in `dtype`.
     """
-    needed = count_parameters(folder) * (FULL_BYTES if is_full else BYTES)[dtype]
-    if needed > free_bytes:
-        values = {"needed": needed / 1e9, "free": free_bytes / 1e9, "dtype": dtype}
+    if is_full:
+        return count_parameters(folder) * FULL_BYTES[dtype]
+    total = 0.0
+    for path in weight_files(folder):
+        for name, tensor in _tensors(path).items():
+            is_whole = len(tensor["shape"]) < 2 or name.endswith(EMBEDDINGS + HEADS)
+            kind = dtype if quantization is None or is_whole else quantization
+            total += math.prod(tensor["shape"]) * BYTES[kind]
+    return int(total)
+
+
+def require_memory(needed: int, free: int, *, name: str, dtype: str, is_full: bool = False) -> None:
+    """Raise MachineError, with the numbers, if the needed bytes of a base would not fit into the free ones."""
+    if needed > free:
+        values = {"needed": needed / 1e9, "free": free / 1e9, "dtype": dtype}
         if is_full:
             raise MachineError("full_too_large", where=name, fix="full_too_large", each=FULL_BYTES[dtype], **values)
         raise MachineError("base_too_large", where=name, fix="base_too_large", **values)

@@ -64,6 +64,8 @@ def command(lang: str) -> click.Command:
 def _introduce(model: Model, console: Console, *, is_brief: bool = False) -> None:
     """Say what answers, with which system prompt, and whether its prompts are those of training."""
     console.note("chat.model", name=model.name)
+    if model.quantization:
+        console.note("use.quantised", kind=model.quantization)
     if model.renderer.system:
         console.note("chat.system", system=model.renderer.system)
     if model.num_probes is None:

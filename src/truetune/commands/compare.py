@@ -40,6 +40,8 @@ def command(lang: str) -> click.Command:
                 prompt.text for prompt in choose_prompts(rows, None, renderer=model.renderer)
             )
         prompts = choose_prompts(rows, questions or None, renderer=model.renderer)
+        if model.quantization:
+            console.say("use.quantised", kind=model.quantization)
         with console.status("status.answering", count=len(prompts)):
             ids, sampling = [prompt.ids for prompt in prompts], Sampling(max_new_tokens)
             sides = both_replies(model.model, model.renderer, prompts=ids, sampling=sampling)

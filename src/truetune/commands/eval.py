@@ -49,6 +49,8 @@ def command(lang: str) -> click.Command:
         console = Console(lang)
         with console.status("status.load_use", name=path):
             model = load(path, use_run_system=not values["no_run_system"])
+        if model.quantization:
+            console.say("use.quantised", kind=model.quantization)
         rows = list(_prepared(config, model, console).train)
         with console.status("status.eval", rows=len(rows)):
             sides = measured(model, rows)

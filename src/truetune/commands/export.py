@@ -40,7 +40,7 @@ def command(lang: str) -> click.Command:
             return
         with console.status("status.export", name=run):
             done = _file(source, path, kind, is_adapter=to == "adapter")
-        _report(done, console)
+        _report(done, source, console)
 
     return click.Command(
         "export",
@@ -64,9 +64,11 @@ def _file(source: Source, path: Path, kind: str, *, is_adapter: bool) -> Exporte
     return export_adapter(source, output=path) if is_adapter else export_gguf(source, output=path, kind=kind)
 
 
-def _report(done: Exported, console: Console) -> None:
+def _report(done: Exported, source: Source, console: Console) -> None:
     """Say what was written, and how far it is from what was trained."""
     console.say("export.done", path=done.path, kind=done.kind, size=done.path.stat().st_size / 1e6)
+    if done.trained is not None:
+        console.say("merge.quantised", kind=source.base.quantization, **done.trained.facts())
     if done.by_transformers is not None:
         _say_drift("transformers", done.by_transformers, console)
     if done.by_llama is None or done.prompts is None:
@@ -89,7 +91,7 @@ def _ollama(source: Source, folder: Path, kind: str, console: Console) -> None:
 
     with console.status("status.export", name=source.path):
         done, num_proven = export_ollama(source, folder=folder, kind=kind)
-    _report(done, console)
+    _report(done, source, console)
     console.say("export.ollama", count=num_proven, path=folder / "Modelfile", name=folder.name)
 
 

@@ -28,6 +28,8 @@ def command(lang: str) -> click.Command:
             merged = merge(source, output=Path(output_dir).expanduser(), dtype=dtype)
         console.say("merge.done", path=merged.folder, dtype=merged.dtype)
         say_drift(merged.drift, console)
+        if merged.trained is not None:
+            console.say("merge.quantised", kind=source.base.quantization, **merged.trained.facts())
         console.say("merge.lost", lost=merged.lost, dtype=merged.dtype, learned=merged.learned)
         if source.renderer.system:
             console.say("merge.system", system=source.renderer.system)

@@ -71,6 +71,8 @@ def _serve(
         service = make_service(model, voices, lang=console.lang, log=log)
         for voice in voices:
             _introduce(voice, console)
+        if base.quantization:
+            console.say("use.quantised", kind=base.quantization)
         if token_file:
             console.say("serve.token", path=token_file)
         console.say("serve.context", tokens=service.context)
@@ -121,6 +123,7 @@ def _exec_vllm(paths: Sequence[str], host: str, port: int, *, token_file: str | 
     program = vllm.find()
     token = _token(host, token_file)
     base, voices = find_voices(paths, use_run_system=use_run_system)
+    vllm.refuse_unknown(base, voices)
     template = cache_dir() / "vllm" / f"{voices[0].renderer.template_hash[:16]}-{os.getpid()}.jinja"
     template.parent.mkdir(parents=True, exist_ok=True)
     template.write_text(vllm.one_template(voices), encoding="utf-8")

@@ -161,7 +161,8 @@ def _moved_adapter(model: Any) -> Iterator[None]:
             layer.eval()
     with torch.no_grad():
         for weight in weights:
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
+            # Added: PiSSA's and OLoRA's B begins at a part of the base.
+            weight.add_((torch.randn(weight.shape, generator=generator) * 0.02).to(weight.device))
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def export_adapter(source: Source, *, output: Path) -> Exported:
         del model, whole
         drift, prompts = check_in_llama(on, source, reference=reference, kind="F32", adapter=path)
         on.unlink()
-    return Exported(output, "F32", None, drift, prompts, end)
+    return Exported(output, "F32", None, drift, prompts, end, reference.trained)
 
 
 def write(path: Path, folder: Path, *, config: Any) -> None:

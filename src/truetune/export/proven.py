@@ -27,6 +27,7 @@ class Exported:
     """What was written, and how far it is from base and adapter as transformers and llama.cpp read it.
 
     `by_llama`, `prompts`: None where llama-cpp-python is not installed. `by_transformers`: None for an adapter alone.
+    `trained`: see merge.Reference.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Exported:
     by_llama: Drift | None
     prompts: llama.Prompts | None
     ending: gguf.Ending
+    trained: Drift | None = None
 
 
 def export_gguf(source: Source, *, output: Path, kind: str) -> Exported:
@@ -65,7 +67,7 @@ def export_gguf(source: Source, *, output: Path, kind: str) -> Exported:
         by_transformers = compare(reference.logits, answer_logits(reference.pairs, of=_read_back(path, source)))
         _refuse(by_transformers, kind, where=str(output))
         by_llama, prompts = check_in_llama(path, source, reference=reference, kind=kind)
-    return Exported(output, kind, by_transformers, by_llama, prompts, end)
+    return Exported(output, kind, by_transformers, by_llama, prompts, end, reference.trained)
 
 
 def require_free(output: Path) -> None:

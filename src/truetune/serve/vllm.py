@@ -10,6 +10,7 @@ from pathlib import Path
 
 from truetune.data.template import Renderer
 from truetune.errors import UserError
+from truetune.model import Base
 from truetune.use import Voice
 
 
@@ -39,6 +40,19 @@ def words(program: str, voices: Sequence[Voice], *, base: Path, template: Path, 
         command += ["--enable-lora", "--max-lora-rank", str(rank)]
         command += ["--lora-modules", *(f"{voice.name}={voice.folder}" for voice in adapters)]
     return command
+
+
+def refuse_unknown(base: Base, voices: Sequence[Voice]) -> None:
+    """Refuse what vLLM would compute otherwise, or not at all: a quantised base, DoRA.
+
+    Raises: UserError with what to do instead.
+    """
+    if base.quantization is not None:
+        raise UserError("vllm_kind", where=base.title, fix="vllm_kind", kind=f"quantization: {base.quantization}")
+    for voice in voices:
+        path = voice.folder / "adapter_config.json" if voice.folder else None
+        if path and json.loads(path.read_text(encoding="utf-8")).get("use_dora"):
+            raise UserError("vllm_kind", where=voice.name, fix="vllm_kind", kind="use_dora")
 
 
 def one_template(voices: Sequence[Voice]) -> str:
