@@ -20,8 +20,16 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    "messages": {
+        f"messages.{lang}{part}"
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_preference", "_report", "_studio")
+    },
+    **{
+        f"messages.{lang}{part}": set()
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_preference", "_report", "_studio")
+    },
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -61,8 +69,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.fused": {"engine.lora"},
     "engine.lora": set(),
     "engine.loss": set(),
-    "engine.step": {"records", "engine.attention", "engine.loss", "engine.trie"},
+    "engine.step": {"records", "engine.answers", "engine.attention", "engine.loss", "engine.trie"},
     "engine.score": {"records", "engine.step", "engine.trie"},
+    "engine.answers": {"records"},
+    "engine.preference": {"records", "engine.answers", "engine.score", "engine.step", "engine.trie"},
     "engine.compare": {"records", "engine.attention", "engine.fused", "engine.step", "engine.trie"},
     "engine.memory": {"errors", "records", "engine.step"},
     "hub": {"errors"},

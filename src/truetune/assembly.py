@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -17,9 +17,10 @@ from transformers import get_scheduler
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
-from truetune.engine.compare import Choice, choose_engine, use_kind
+from truetune.engine.compare import Choice, Trial, choose_engine, comparison_rows, use_kind
 from truetune.engine.memory import Limits, choose_limits, set_checkpointing
-from truetune.engine.step import Engine, Kind, scaled_from
+from truetune.engine.preference import Preference
+from truetune.engine.step import Engine, Imitation, Kind, Objective, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
@@ -54,7 +55,7 @@ class Assembly:
     settings: Settings
     accelerator: Accelerator
     loop: Loop
-    evaluate: Callable[[], float | None]
+    evaluate: Callable[[], Mapping[str, float] | None]
     state: State
     sampler: Sampler
     held_out: Sequence[Row] = ()
@@ -91,10 +92,17 @@ def assemble(
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
     console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
-    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
+    objective = _objective(config)
+    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward, objective=objective)
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     sampler = _sampler(config, flight, model, held_out)
-    return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, sampler, held_out, events)
+    evaluate = loss_evaluator(engine, held_out, objective=objective)
+    return Assembly(settings, accelerator, loop, evaluate, state, sampler, held_out, events)
+
+
+def _objective(config: Config) -> Objective:
+    """Return what is learned of rows."""
+    return Imitation() if config.loss == "sft" else Preference(config.loss, config.dpo_beta, config.simpo_gamma or 0.0)
 
 
 def _engine(
@@ -103,11 +111,12 @@ def _engine(
     """Return the engine that agrees with the model and fits into memory, with what was chosen and the events of it."""
     config = settings.config
     filler = pad_id(flight.renderer.tokenizer)
+    _check_scaling(config, flight, model)
     plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model))
     if config.attention == "plain" or (is_begun and config.attention != "auto"):
         choice = Choice(use_kind(replace(plain, kind=config.attention)), ())
     else:
-        choice = _compared(plain, config.attention, flight, console)
+        choice = _compared(plain, config, flight, console)
     size, recompute = config.max_tokens_per_forward, config.gradient_checkpointing
     if size == "auto" or recompute == "auto":
         with console.status("status.measure"):
@@ -116,6 +125,7 @@ def _engine(
                 list(_telling_rows(flight)),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
+                objective=_objective(config),
             )
     else:
         engine, limits = replace(choice.engine, max_tokens=int(size)), None
@@ -127,6 +137,16 @@ def _engine(
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
 
 
+def _check_scaling(config: Config, flight: Preflight, model: Any) -> None:
+    """Refuse preference rows on both sides of a length that changes positions: their answers share one forward.
+
+    Raises: UserError.
+    """
+    limit, longest = scaled_from(model), int(flight.prepared.train.lengths(0, 1).max(initial=0))
+    if config.loss != "sft" and limit is not None and longest > limit:
+        raise UserError("preference_scaled", where="max_length", fix="preference_scaled", limit=limit, longest=longest)
+
+
 def _telling_rows(flight: Preflight) -> Iterator[Row]:
     """Yield what the governor has to see of the rows: the longest of each side, and some to measure."""
     prepared = flight.prepared
@@ -136,16 +156,19 @@ def _telling_rows(flight: Preflight) -> Iterator[Row]:
     yield from prepared.train[:MAX_MEASURED_ROWS]
 
 
-def _compared(plain: Engine, asked: Kind | Literal["auto"], flight: Preflight, console: Console) -> Choice:
+def _compared(plain: Engine, config: Config, flight: Preflight, console: Console) -> Choice:
     """Return the engine of the kind that was asked for, if it agrees with plain; of the fastest that does, for auto.
 
     Raises: NumericsError if a kind that was asked for computes something else.
     """
+    asked = config.attention
     if asked == "flex" and plain.device.type != "cuda":
         raise UserError("flex_needs_gpu", where="attention", fix="flex_needs_gpu")
     kinds: tuple[Kind, ...] = ("trie", "padded") if asked == "auto" else (asked,)
+    rows, objective = flight.prepared.train[:MAX_COMPARED_ROWS], _objective(config)
+    trial = None if config.loss == "sft" else Trial(comparison_rows(rows), objective)
     with console.status("status.compare"):
-        choice = choose_engine(plain, pairs_of(flight.prepared.train[:MAX_COMPARED_ROWS]), kinds=kinds)
+        choice = choose_engine(plain, pairs_of(rows), kinds=kinds, trial=trial)
     if asked not in ("auto", choice.engine.kind):
         result = choice.comparisons[-1]
         raise NumericsError("engine_differs", where="attention", fix="engine_differs", **asdict(result))

@@ -75,6 +75,14 @@ AutoInt = Literal["auto"] | PositiveInt
 
 
 LANGUAGES = ("en", "zh")
+LOSSES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
+DEFAULTS_WITH: dict[tuple[str, str], dict[str, Any]] = {
+    # LoRA at 2e-4 drives a preference far from its reference within a few steps (docs/decisions/016-preferences.md).
+    **{("loss", name): {"learning_rate": 5e-5} for name in LOSSES[1:]},
+    # Meng et al., arXiv:2405.14734, table 7: beta 2 to 10, gamma about half of it.
+    ("loss", "simpo"): {"learning_rate": 5e-5, "dpo_beta": 2.0, "simpo_gamma": 1.0},
+}
+"""Defaults of other keys that go with a key's value; what the user gives wins."""
 PER_DEVICE_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
@@ -99,6 +107,9 @@ class Config(BaseModel):
     max_length: PositiveInt = 2048
     overlong: Literal["refuse", "cut_prompt"] = "refuse"
     invalid: Literal["refuse", "skip"] = "refuse"
+    loss: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    dpo_beta: PositiveFloat = 0.1
+    simpo_gamma: Annotated[Float, Field(ge=0)] | None = None
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = None
@@ -221,6 +232,11 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Settin
     faults = _contradictions(config, origins)
     if faults:
         raise UserErrors(faults)
+    for (key, value), others in DEFAULTS_WITH.items():
+        if getattr(config, key) == value:
+            chosen = {name: default for name, default in others.items() if name not in origins}
+            config = config.model_copy(update=chosen)
+            origins.update(dict.fromkeys(chosen, f"{key}: {value}"))
     for key in PER_DEVICE_KEYS:
         if values.get(key) is not None:
             origins["batch_size"] = origins.pop(key)
@@ -252,6 +268,22 @@ def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserErro
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
         faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
+    return faults + _loss_contradictions(config, origins)
+
+
+def _loss_contradictions(config: Config, origins: Mapping[str, str]) -> list[UserError]:
+    """Return a fault for each key that the loss does not read, or cannot do with."""
+    faults = []
+    # By value: the file that a run writes gives every key.
+    if config.loss == "sft" and config.dpo_beta != Config.model_fields["dpo_beta"].default:
+        faults.append(UserError("config_other_loss", where=origins["dpo_beta"], fix="config_beta", name="dpo_beta"))
+    if config.loss != "simpo" and config.simpo_gamma is not None:
+        where = origins["simpo_gamma"]
+        faults.append(UserError("config_other_loss", where=where, fix="config_gamma", name="simpo_gamma"))
+    if config.loss == "kto" and config.rows_per_step == 1:
+        faults.append(
+            UserError("config_kto_batch", where=origins.get("batch_size", "batch_size"), fix="config_kto_batch")
+        )
     return faults
 
 

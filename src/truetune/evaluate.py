@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from truetune.engine.score import Score, score
-from truetune.engine.step import Engine, held_out_loss
+from truetune.engine.step import IMITATION, Engine, Objective, held_out
 from truetune.records import Pair, Row, pairs_of
 
 MAX_SHARE = 0.03
@@ -107,12 +107,16 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def loss_evaluator(engine: Engine, rows: Sequence[Row]) -> Callable[[], float | None]:
-    """Return a function that gives the model's loss on `rows` as it is now, or None if there are none."""
-    pairs = pairs_of(rows)
-    if not pairs:
+def loss_evaluator(
+    engine: Engine, rows: Sequence[Row], *, objective: Objective = IMITATION
+) -> Callable[[], Mapping[str, float] | None]:
+    """Return a function that gives the model's loss on `rows` as it is now, or None if there are none.
+
+    As `eval_loss`, with what the objective tells beside it: `eval_reward_accuracy` and others.
+    """
+    if not rows:
         return lambda: None
-    return lambda: held_out_loss(engine, pairs)
+    return lambda: held_out(engine, rows, objective=objective)
 
 
 def limit_rows(rows: Sequence[Row], num_trained_rows: int) -> Sequence[Row]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 
 from truetune.engine.order import Mix, batches
-from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.engine.step import Engine, Forward, Imitation, Objective, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError, out_of_memory
-from truetune.records import Row, pairs_of
+from truetune.records import Row
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
+
+HeldOut = Mapping[str, float] | float | None
+"""What is said of held-out rows: their loss, or `eval_loss` and other values by their names; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Batch:
 
 @dataclass
 class Loop:
-    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's)."""
+    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's); `objective`: its loss."""
 
     engine: Engine
     optimizer: torch.optim.Optimizer
@@ -61,22 +64,23 @@ class Loop:
     plan: Plan
     backward: Callable[[torch.Tensor], None]
     num_skipped: int = 0
+    objective: Objective = field(default_factory=Imitation)
 
     def run(
         self,
         rows: Sequence[Row],
         *,
         start: int = 0,
-        evaluate: Callable[[], float | None] = lambda: None,
+        evaluate: Callable[[], HeldOut] = lambda: None,
         save: Callable[[int], None] = lambda _step: None,
         should_save: Callable[[], bool] = lambda: False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Train from step `start` + 1 to the last, yielding "eval", "step" and "skipped" events.
 
-        `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint: every
-        `save_steps`, and where `should_save` says so. `should_stop`: asked after each step, and after its save; if it
-        says yes, the state is saved and the loop ends.
+        `evaluate`: returns what is said of held-out rows, or None where nothing is held out. `save`: writes a
+        checkpoint: every `save_steps`, and where `should_save` says so. `should_stop`: asked after each step, and after
+        its save; if it says yes, the state is saved and the loop ends.
         """
         plan = self.plan
         if start == 0:
@@ -104,8 +108,8 @@ class Loop:
         def build(step: int) -> Batch:
             epoch, numbers = next(order)
             chosen = [rows[number] for number in numbers]
-            pairs = pairs_of(chosen)
-            return Batch(step, epoch, chosen, make_forwards(self.engine, pairs), count_trie_tokens(pairs))
+            trie_tokens = count_trie_tokens(self.objective.pairs(chosen))
+            return Batch(step, epoch, chosen, self.objective.forwards(self.engine, chosen), trie_tokens)
 
         with ThreadPoolExecutor(max_workers=1) as builder:
             following = builder.submit(build, start + 1)
@@ -121,7 +125,13 @@ class Loop:
         step, rows = batch.step, batch.rows
         while True:
             try:
-                result = train_step(self.engine, batch.forwards, seeds=(self.plan.seed, step), backward=self.backward)
+                result = train_step(
+                    self.engine,
+                    batch.forwards,
+                    seeds=(self.plan.seed, step),
+                    backward=self.backward,
+                    objective=self.objective,
+                )
                 break
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -144,10 +154,11 @@ class Loop:
             **told,
             "epoch": round(batch.epoch, 4),
             "loss": result.loss,
+            **result.told,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "rows": len(rows),
-            "pairs": len(pairs_of(rows)),
+            "pairs": len(self.objective.pairs(rows)),
             "learned_tokens": result.num_learned_tokens,
             "trie_tokens": batch.trie_tokens,
             "computed_tokens": result.num_tokens,
@@ -160,15 +171,15 @@ class Loop:
     def _in_smaller_forwards(self, batch: Batch) -> Batch:
         """Halve the forwards of a batch that did not fit, and of all that follow.
 
-        Raises: MachineError if its longest pair alone does not fit.
+        Raises: MachineError if its longest pair, or its largest preference row, alone does not fit.
         """
         largest = max(forward.num_tokens for forward in batch.forwards)
-        longest = max(forward.num_positions for forward in batch.forwards)
-        if largest <= longest:
+        least = max(forward.least_tokens for forward in batch.forwards)
+        if largest <= least:
             raise out_of_memory(f"step {batch.step}")
-        size = min(self.engine.max_tokens, max(largest // 2, longest))
+        size = min(self.engine.max_tokens, max(largest // 2, least))
         self.engine = replace(self.engine, max_tokens=size)
-        return replace(batch, forwards=make_forwards(self.engine, pairs_of(batch.rows)))
+        return replace(batch, forwards=self.objective.forwards(self.engine, batch.rows))
 
     def _clipped(self, step: int, rows: Sequence[Row], loss: float) -> float:
         """Clip the gradient and return its norm before that.
@@ -206,13 +217,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:
+def _evaluation(step: int, evaluate: Callable[[], HeldOut]) -> Iterator[Event]:
     began = time.perf_counter()
-    loss = evaluate()
-    if loss is not None and not math.isfinite(loss):
+    found = evaluate()
+    if found is None:
+        return
+    values = found if isinstance(found, Mapping) else {"eval_loss": found}
+    loss = values["eval_loss"]
+    if not math.isfinite(loss):
         raise NumericsError("held_out_not_finite", where=f"step {step}", fix="held_out_not_finite", loss=loss)
-    if loss is not None:
-        yield {"kind": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began}
+    yield {"kind": "eval", "step": step, **values, "seconds": time.perf_counter() - began}
 
 
 def _memory_bytes() -> int:

@@ -110,6 +110,7 @@ class Saver:
     state: checkpoint.State
     flight: Preflight
     save_total_limit: int
+    loss: str = "sft"
 
     def rehearse(self) -> None:
         """Find out before step 1 whether checkpoints can be written."""
@@ -137,7 +138,7 @@ class Saver:
                 if path.name not in checkpoint.OF_THE_RUN:
                     shutil.copyfile(path, folder / path.name)
             self.flight.renderer.save_tokenizer(folder)
-            _write_card(folder, base=self.state.base["name"], name=self.run.path.name)
+            _write_card(folder, base=self.state.base["name"], name=self.run.path.name, loss=self.loss)
         return chosen
 
     def _write_use(self, folder: Path) -> None:
@@ -149,12 +150,12 @@ class Saver:
         identity.write(folder, renderer, prompts=prompts, base=self.flight.base.reference())
 
 
-def _write_card(folder: Path, *, base: str, name: str) -> None:
+def _write_card(folder: Path, *, base: str, name: str, loss: str) -> None:
     card = {
         "base_model": base,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "sft"],
+        "tags": ["lora", loss],
     }
     head = "".join(f"{key}: {to_json(value)}\n" for key, value in card.items())
     body = f"# {name}\n\nA LoRA adapter trained with Truetune. What was trained is in truetune.json.\n"

@@ -54,8 +54,7 @@ def train(
     show_report(flight.prepared.report, console)
     show_refused(flight.prepared.report, console)
     require_usable(flight.prepared.report, skip_invalid=config.invalid == "skip")
-    console.say("train.first_example")
-    console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
+    _show_first(flight, console, is_compared=config.loss != "sft")
     assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run)
     assembly.loop.plan = replace(assembly.loop.plan, max_skipped=skip_bad)
     with RunLock(path):
@@ -68,6 +67,16 @@ def train(
             _train(run, assembly, flight, console, start=start)
         result = outcome(run)
     return result
+
+
+def _show_first(flight: Preflight, console: Console, *, is_compared: bool) -> None:
+    """Show the first pair as it is trained; of a preference loss, the rejected answer, too."""
+    row = flight.prepared.train[0]
+    console.say("train.first_example")
+    console.pair_view(flight.renderer.tokenizer, row.pairs[0])
+    if is_compared:
+        console.say("train.first_rejected")
+        console.pair_view(flight.renderer.tokenizer, row.rejected[0])
 
 
 def _as_chosen_then(settings: Settings, run: RunDir) -> Settings:
@@ -123,7 +132,7 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     events = list(run.read_events())
     watch.replay(events)
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
-    saver = Saver(run, assembly.state, flight, config.save_total_limit)
+    saver = Saver(run, assembly.state, flight, config.save_total_limit, config.loss)
     if start < assembly.loop.plan.num_steps:
         saver.rehearse()
     for event in assembly.events:
@@ -147,7 +156,13 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
     checkpoint.load_weights(run.adapter, model)
     config = assembly.settings.config
     subject = Subject(
-        run.path.name, flight.base.title, config.data, events, step=run.adapter_step or 0, seed=config.seed
+        run.path.name,
+        flight.base.title,
+        config.data,
+        events,
+        step=run.adapter_step or 0,
+        seed=config.seed,
+        is_compared=config.loss != "sft",
     )
     card = make_card(
         assembly.loop.engine,

@@ -19,7 +19,17 @@ from truetune.records import Row
 from truetune.rundir import RunDir
 
 TOLD = ("step", "skipped", "eval")
-COMPARED = ("loss", "grad_norm", "learning_rate", "epoch", "learned_tokens", "rows", "eval_loss")
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "learned_tokens",
+    "rows",
+    "eval_loss",
+    "reward_margin",
+    "eval_reward_margin",
+)
 
 
 @dataclass(frozen=True)

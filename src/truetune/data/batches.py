@@ -96,6 +96,7 @@ class Preparer:
             try:
                 pairs = self.renderer.finish(drafts, encoded, where=raw.where)
                 fitting = self._fitting(conversation, pairs)
+                self._check_answers(conversation, fitting)
             except RowError as error:
                 tally.refused.append(error)
                 continue
@@ -104,20 +105,38 @@ class Preparer:
             tally.num_cut += fitting != pairs
             tally.num_empty_thinking += sum(draft.rest.startswith(CLOSE_THINKING) for draft in drafts)
             has_system = bool(conversation.messages) and conversation.messages[0]["role"] == "system"
-            builder.add(_row(index, conversation, fitting), RowFacts(source, has_system))
+            builder.add(_row(index, conversation, fitting), RowFacts(source, has_system, self._is_preference))
         return Done(builder.build(), tally)
 
     @property
     def _is_last_only(self) -> bool:
-        return self.config.train_on == "last_turn"
+        # A preference is about the last answer: earlier ones are its prompt.
+        return self.config.train_on == "last_turn" or self._is_preference
+
+    @property
+    def _is_preference(self) -> bool:
+        return self.config.loss != "sft"
 
     def _converted(self, raw: RawRow | RowError) -> Conversation | RowError:
         if isinstance(raw, RowError):
             return raw
         try:
-            return to_conversation(raw, input_join=self.config.input_join)
+            conversation = to_conversation(raw, input_join=self.config.input_join)
         except RowError as error:
             return error
+        if self._is_preference and not conversation.rejected:
+            return RowError("row_no_rejected", where=raw.where, fix="row_no_rejected", loss=self.config.loss)
+        return conversation
+
+    def _check_answers(self, conversation: Conversation, pairs: Sequence[Pair]) -> None:
+        """Refuse two answers that are not to one prompt, if they are to be compared, or that are one for the model.
+
+        Raises: RowError.
+        """
+        if self._is_preference and pairs[0].prompt_ids != pairs[1].prompt_ids:
+            raise RowError("row_two_prompts", where=conversation.where, fix="row_two_prompts", loss=self.config.loss)
+        if self._is_preference and pairs[0].answer_ids == pairs[1].answer_ids:
+            raise RowError("row_same_answers", where=conversation.where, fix="row_same_answers")
 
     def _fitting(self, conversation: Conversation, pairs: list[Pair]) -> list[Pair]:
         """Return the pairs if they are short enough, or cut where that was asked for.

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import torch
 
-from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.engine.step import IMITATION, Engine, Forward, Objective, make_forwards, train_step
 from truetune.errors import UserError
-from truetune.records import Pair, Row, pairs_of
+from truetune.records import Pair, Row
 
 # Tokens of one forward, at most: beyond them nothing gets faster (docs/log.md).
 MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
@@ -62,20 +62,27 @@ class _Line:
 
 
 def choose_limits(
-    engine: Engine, rows: Sequence[Row], *, max_tokens: int | None = None, is_checkpointed: bool | None = None
+    engine: Engine,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int | None = None,
+    is_checkpointed: bool | None = None,
+    objective: Objective = IMITATION,
 ) -> tuple[Engine, Limits]:
     """Return the engine with the forward size and recomputation that fit into memory; None leaves them to be chosen.
 
+    What is measured is imitation: a preference loss keeps as much, and its reference keeps nothing.
+
     Raises: UserError naming the longest row, and what would fit, if it does not fit even with recomputation.
     """
-    longest = max(rows, key=lambda row: max(map(len, row.pairs)))
-    longest_tokens = max(map(len, longest.pairs))
+    longest = max(rows, key=objective.least_tokens)
+    longest_tokens = objective.least_tokens(longest)
     used = _used_bytes(engine.device)  # with what the comparison before took and the allocator kept
     budget = used + int(MEMORY_SHARE * free_bytes(engine.device)) - _optimizer_bytes(engine)
     choices = [False, True] if is_checkpointed is None else [is_checkpointed]
     for choice in choices:
         set_checkpointing(engine, is_on=choice)
-        line = _measure(engine, pairs_of(rows))
+        line = _measure(engine, objective.pairs(rows))
         if line.peak(longest_tokens) <= budget:
             size = max_tokens or _power_of_two(line.tokens_within(budget), engine.device)
             peak = max(line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine), used)

@@ -14,19 +14,20 @@ split (transformers#34191 is the bug of dividing per forward).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from truetune.engine.answers import Answers
 from truetune.engine.attention import FLEX, SEGMENTS, Layout, attending_by
-from truetune.engine.loss import edge_loss, edge_scores, find_head
+from truetune.engine.loss import edge_loss, edge_losses, edge_scores, find_head
 from truetune.engine.trie import build_trie, split_pairs
-from truetune.records import Pair
+from truetune.records import Pair, Row, pairs_of
 
 Kind = Literal["trie", "flex", "padded", "plain"]
 """How pairs run: tries (by segments or FlexAttention), padded rows, or padded rows through the model's own code."""
@@ -61,13 +62,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Forward:
-    """What runs through the model at once. `parents_E`: flat positions of `input_ids_BT`. `layout`: only for a trie."""
+    """What runs through the model at once. `parents_E`: flat positions of `input_ids_BT`. `layout`: only for a trie.
+
+    `answers`: only for preference rows.
+    """
 
     input_ids_BT: torch.Tensor
     parents_E: torch.Tensor
     targets_E: torch.Tensor
     weights_E: torch.Tensor
     layout: Layout | None = None
+    answers: Answers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -81,14 +86,86 @@ class Forward:
             return int(self.input_ids_BT.shape[1])
         return int(self.layout.trie.positions_N.max()) + 1
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of its largest part that no forward can split: a pair, or a preference row."""
+        return self.num_positions if self.answers is None else self.answers.num_row_tokens
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over the step's learned tokens, in nats; `num_tokens`: tokens computed, padding included."""
+    """`loss`: what the objective says of the step; of answers to imitate, the mean over learned tokens, in nats.
+
+    `num_tokens`: tokens computed, padding included. `told`: what the objective tells beside its loss.
+    """
 
     loss: float
     num_learned_tokens: int
     num_tokens: int
+    told: Mapping[str, float] = field(default_factory=dict)
+
+
+class Aim(Protocol):
+    """One step of an objective."""
+
+    def share(self, number: int) -> torch.Tensor:
+        """Return what a forward, by its number, adds to the step's loss."""
+
+    def told(self) -> dict[str, float]:
+        """Return what there is to tell beside the loss, when every share was asked for."""
+
+
+class Objective(Protocol):
+    """What is learned of rows."""
+
+    def pairs(self, rows: Sequence[Row]) -> list[Pair]:
+        """Return the pairs that are computed."""
+
+    def least_tokens(self, row: Row) -> int:
+        """Return the tokens of a row that no forward can split."""
+
+    def forwards(self, engine: Engine, rows: Sequence[Row]) -> list[Forward]:
+        """Return the forwards of a step. No weights are touched, so another thread may call it ahead of time."""
+
+    def aim(self, engine: Engine, forwards: Sequence[Forward]) -> Aim:
+        """Return the loss of a step: what all of its forwards together say of each one's share."""
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Answers are learned as they are: cross-entropy, the mean over the learned tokens of a step."""
+
+    def pairs(self, rows: Sequence[Row]) -> list[Pair]:
+        """Return every pair."""
+        return pairs_of(rows)
+
+    def least_tokens(self, row: Row) -> int:
+        """Return the tokens of its longest pair."""
+        return max(map(len, row.pairs))
+
+    def forwards(self, engine: Engine, rows: Sequence[Row]) -> list[Forward]:
+        """Return the forwards of a step."""
+        return make_forwards(engine, pairs_of(rows))
+
+    def aim(self, engine: Engine, forwards: Sequence[Forward]) -> Aim:
+        """Return what each forward adds to the loss of a step."""
+        return _Learned(engine, forwards, sum(int(forward.weights_E.sum()) for forward in forwards))
+
+
+@dataclass(frozen=True)
+class _Learned:
+    engine: Engine
+    forwards: Sequence[Forward]
+    num_learned_tokens: int
+
+    def share(self, number: int) -> torch.Tensor:
+        return forward_loss(self.engine, self.forwards[number]) / self.num_learned_tokens
+
+    def told(self) -> dict[str, float]:
+        return {}
+
+
+IMITATION: Objective = Imitation()
 
 
 def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
@@ -98,9 +175,14 @@ def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
 
 def grouped(engine: Engine, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Forward]]:
     """Yield each forward of `pairs` with the pairs that it holds; padded rows are in their order."""
-    split, build = (split_pairs, _trie_forward) if engine.kind in ATTENTIONS else (split_padded, _padded_forward)
+    split = split_pairs if engine.kind in ATTENTIONS else split_padded
     for group in split(pairs, engine.max_tokens, scaled_from=engine.scaled_from):
-        yield group, build(engine, group)
+        yield group, build_forward(engine, group)
+
+
+def build_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
+    """Return one forward of `pairs`, however large."""
+    return (_trie_forward if engine.kind in ATTENTIONS else _padded_forward)(engine, pairs)
 
 
 def _trie_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
@@ -154,6 +236,18 @@ def forward_loss(engine: Engine, forward: Forward) -> torch.Tensor:
         return edge_loss(hidden_states(engine, forward), head, **edges)
     losses_E = F.cross_entropy(_logits_by_model(engine, forward).float(), forward.targets_E, reduction="none")
     return (losses_E * forward.weights_E).sum()
+
+
+def forward_losses(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the cross-entropy [E] (fp32, nats) at each edge, with its gradient.
+
+    A trie runs only inside `running`.
+    """
+    head = None if engine.kind == "plain" else find_head(engine.transformer)
+    if head is not None:
+        hidden_ND = hidden_states(engine, forward)
+        return edge_losses(hidden_ND, head, parents_E=forward.parents_E, targets_E=forward.targets_E)
+    return F.cross_entropy(_logits_by_model(engine, forward).float(), forward.targets_E, reduction="none")
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -236,7 +330,12 @@ def running(engine: Engine) -> Iterator[None]:
 
 
 def train_step(
-    engine: Engine, forwards: Sequence[Forward], *, seeds: tuple[int, int], backward: Callable[[torch.Tensor], None]
+    engine: Engine,
+    forwards: Sequence[Forward],
+    *,
+    seeds: tuple[int, int],
+    backward: Callable[[torch.Tensor], None],
+    objective: Objective = IMITATION,
 ) -> StepResult:
     """Add the gradient of one optimizer step to the parameters. `seeds`: (run seed, step), for dropout.
 
@@ -246,32 +345,43 @@ def train_step(
     if num_learned_tokens == 0:
         raise ValueError(f"step {seeds[1]} holds no learned token")
     loss_sum = 0.0
+    aim = objective.aim(engine, forwards)
     with running(engine):
-        for number, forward in enumerate(forwards):
+        for number in range(len(forwards)):
             torch.manual_seed(dropout_seed(*seeds, forward=number))
-            loss = forward_loss(engine, forward) / num_learned_tokens
+            loss = aim.share(number)
             backward(loss)
             loss_sum += loss.item()
-    return StepResult(loss_sum, num_learned_tokens, sum(forward.num_tokens for forward in forwards))
+    num_tokens = sum(forward.num_tokens for forward in forwards)
+    return StepResult(loss_sum, num_learned_tokens, num_tokens, aim.told())
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def held_out(engine: Engine, rows: Sequence[Row], *, objective: Objective = IMITATION) -> dict[str, float]:
+    """Return an objective's loss on held-out rows, and what it tells, as "eval_NAME"; the model's mode is restored."""
+    forwards = objective.forwards(engine, rows)
+    aim = objective.aim(engine, forwards)
+    with evaluating(engine.model), running(engine):
+        loss = sum(aim.share(number).item() for number in range(len(forwards)))
+    return {"eval_loss": float(loss), **{f"eval_{name}": value for name, value in aim.told().items()}}
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
     """Return the mean loss (nats a learned token) of `pairs` without dropout; the model's mode is restored."""
-    with evaluating(engine.model), running(engine):
-        loss_sum = sum(forward_loss(engine, forward).item() for forward in make_forwards(engine, pairs))
-    return float(loss_sum) / sum(len(pair.answer_ids) for pair in pairs)
+    return float(held_out(engine, [Row(0, "", tuple(pairs))])["eval_loss"])
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off inside the block; the model's mode is restored."""
-    was_training = model.training
+    """Switch dropout off inside the block; the mode of each of the model's layers is restored."""
+    modes = [(layer, layer.training) for layer in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for layer, was_training in modes:
+            layer.training = was_training
 
 
 def dropout_seed(seed: int, step: int, *, forward: int) -> int:
