@@ -166,6 +166,9 @@ def test_debug_shows_the_traceback() -> None:
 # --- flags ---
 
 VALUES = {
+    "loss": "simpo",
+    "dpo_beta": "2.5",
+    "simpo_gamma": "0.5",
     "model": "org/name",
     "revision": "v2",
     "hub": "modelscope",

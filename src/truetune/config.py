@@ -77,7 +77,7 @@ AutoInt = Literal["auto"] | PositiveInt
 LANGUAGES = ("en", "zh")
 LOSSES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 DEFAULTS_WITH: dict[tuple[str, str], dict[str, Any]] = {
-    # LoRA at 2e-4 drives a preference far from its reference within a few steps (docs/decisions/016-preferences.md).
+    # A preference is a smaller step than learning answers; measured in docs/decisions/016-preferences.md.
     **{("loss", name): {"learning_rate": 5e-5} for name in LOSSES[1:]},
     # Meng et al., arXiv:2405.14734, table 7: beta 2 to 10, gamma about half of it.
     ("loss", "simpo"): {"learning_rate": 5e-5, "dpo_beta": 2.0, "simpo_gamma": 1.0},
