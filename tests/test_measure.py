@@ -15,9 +15,9 @@ from truetune.assembly import assemble
 from truetune.cli import run
 from truetune.config import resolve
 from truetune.console import Console
+from truetune.engine.step import IMITATION, make_forwards
 from truetune.measure import forecast
 from truetune.preflight import preflight
-from truetune.engine.step import IMITATION, make_forwards
 from truetune.records import pairs_of
 
 Write = Callable[..., Path]

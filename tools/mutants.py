@@ -658,8 +658,8 @@ MUTANTS = (
     Mutant(
         "the reference keeps the adapter",
         "engine/preference.py",
-        "with evaluating(engine.model), engine.model.disable_adapter(), running(engine):",
-        "with evaluating(engine.model), running(engine):",
+        "with evaluating(engine.model), engine.model.disable_adapter():",
+        "with evaluating(engine.model):",
         "tests/engine/test_preference.py",
     ),
     Mutant(

@@ -17,15 +17,7 @@ from torch.nn import functional as F
 
 from truetune.engine.answers import Answers
 from truetune.engine.score import places_of, score
-from truetune.engine.step import (
-    ATTENTIONS,
-    Engine,
-    Forward,
-    build_forward,
-    evaluating,
-    forward_losses,
-    running,
-)
+from truetune.engine.step import ATTENTIONS, Engine, Forward, build_forward, evaluating, forward_losses
 from truetune.engine.trie import count_trie_tokens, num_common
 from truetune.records import Pair, Row
 
@@ -163,7 +155,7 @@ class Preference:
         return [_forward(engine, group) for group in split(units, engine.max_tokens)]
 
     def aim(self, engine: Engine, forwards: Sequence[Forward]) -> _Step:
-        """Return what the forwards of a step together are measured by. Computes the reference, without dropout."""
+        """Return what the forwards of a step together are measured by."""
         kind, answers = KINDS[self.name], [_answers(forward) for forward in forwards]
         is_liked = torch.cat([some.is_liked_B for some in answers])
         lengths = torch.cat([some.lengths_B for some in answers])
@@ -176,27 +168,27 @@ class Preference:
             num_chosen_tokens=int(lengths[is_liked].sum()),
             kl=_kl(engine, answers) if kind.has_kl else 0.0,
         )
-        references = _references(engine, forwards) if kind.has_reference else None
-        return _Step(kind, engine, forwards, scales, references)
+        return _Step(kind, engine, forwards, scales)
 
 
 @dataclass
 class _Step:
-    """One step of a preference loss (see step.Aim). `references`: of each forward, log-probabilities [B]."""
+    """One step of a preference loss (see step.Aim)."""
 
     kind: Kind
     engine: Engine
     forwards: Sequence[Forward]
     scales: Scales
-    references: Sequence[torch.Tensor] | None
     _rewards: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def share(self, number: int) -> torch.Tensor:
-        answers = _answers(self.forwards[number])
-        log_probs_B = answers.log_probs(forward_losses(self.engine, self.forwards[number]))
-        reference_B = torch.zeros_like(log_probs_B) if self.references is None else self.references[number]
+        forward, answers = self.forwards[number], _answers(self.forwards[number])
+        reference_B = (
+            _reference(self.engine, forward) if self.kind.has_reference else torch.zeros((), device=self.engine.device)
+        )
+        log_probs_B = answers.log_probs(forward_losses(self.engine, forward))
         sides = Sides(log_probs_B, log_probs_B - reference_B, answers.lengths_B, answers.is_liked_B)
-        likings_B = sides.means(log_probs_B) if self.references is None else sides.ratios_B
+        likings_B = sides.ratios_B if self.kind.has_reference else sides.means(log_probs_B)
         rewards_B = self.scales.beta * likings_B.detach()
         self._rewards.append((sides.chosen(rewards_B), sides.rejected(rewards_B)))
         return self.kind.share(sides, self.scales)
@@ -294,10 +286,10 @@ def _forward(engine: Engine, units: Sequence[_Unit]) -> Forward:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _references(engine: Engine, forwards: Sequence[Forward]) -> list[torch.Tensor]:
-    """Return the log-probabilities [B] of each forward's answers with the adapter off."""
-    with evaluating(engine.model), engine.model.disable_adapter(), running(engine):
-        return [_answers(forward).log_probs(forward_losses(engine, forward)) for forward in forwards]
+def _reference(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the log-probabilities [B] of a forward's answers with the adapter off, without dropout."""
+    with evaluating(engine.model), engine.model.disable_adapter():
+        return _answers(forward).log_probs(forward_losses(engine, forward))
 
 
 def _kl(engine: Engine, answers: Sequence[Answers]) -> float:
