@@ -119,7 +119,8 @@ def by_hand(num_steps: int, *, is_copy: bool) -> list[float]:
 
     from truetune.engine.compare import use_kind
     from truetune.engine.master import keep_masters
-    from truetune.engine.step import Engine, make_forwards, train_step
+    from truetune.engine.objective import train_step
+    from truetune.engine.step import Engine, make_forwards
     from truetune.model import choose_dtype, load_base, train_all
 
     _, flight = prepared(num_steps)

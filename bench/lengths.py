@@ -26,7 +26,8 @@ def measure(shape: str, length: int) -> dict[str, float]:
     """Return what one step of one pair took."""
     from bench.scaling import load_engine
     from truetune.engine.memory import choose_limits
-    from truetune.engine.step import make_forwards, train_step
+    from truetune.engine.objective import train_step
+    from truetune.engine.step import make_forwards
     from truetune.records import Pair, Row
 
     engine, optimizer = load_engine(shape)

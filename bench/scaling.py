@@ -24,7 +24,8 @@ from bench.model import model_folder
 from bench.recipe import LEARNING_RATE, LORA, RESULTS, SHAPES
 from bench.report import describe_machine
 from truetune.engine.compare import use_kind
-from truetune.engine.step import Engine, make_forwards, train_step
+from truetune.engine.objective import train_step
+from truetune.engine.step import Engine, make_forwards
 from truetune.model import add_lora, choose_dtype, find_base, load_base
 from truetune.records import Pair
 

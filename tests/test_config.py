@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from truetune.config import Config, Settings, cache_dir, dump, language, load_yaml, resolve, unknown_key
+from truetune.config import LOSSES, Config, Settings, cache_dir, dump, language, load_yaml, resolve, unknown_key
 from truetune.errors import UserError, UserErrors
 from truetune.messages import text
 
@@ -171,6 +171,10 @@ def test_words_of_the_command_line_become_values(key: str, word: str, value: Any
 
 
 BAD_VALUES: list[tuple[str, Any]] = [
+    ("loss", "ppo"),
+    ("dpo_beta", 0),
+    ("dpo_beta", float("inf")),
+    ("simpo_gamma", -1),
     ("eval_split", -0.1),
     ("eval_split", 1),
     ("max_length", 0),
@@ -248,7 +252,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 64
+    assert len(BAD_VALUES) == 68
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}
@@ -456,3 +460,43 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_dir() == Path("/home/somebody/.cache/truetune")
+
+
+# --- what a loss brings with it ---
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_defaults_that_go_with_a_loss(loss: str) -> None:
+    """They are said to come from it; what the user gives wins, and the file that a run writes loads again."""
+    settings = resolve({"loss": loss})
+    config = settings.config
+    assert (config.dpo_beta, config.simpo_gamma) == ((2.0, 1.0) if loss == "simpo" else (0.1, None))
+    assert config.learning_rate == (2e-4 if loss == "sft" else 5e-5)
+    assert settings.origins["learning_rate"] == ("default" if loss == "sft" else f"loss: {loss}")
+    given = {"loss": loss, "learning_rate": "0.1"} | ({} if loss == "sft" else {"dpo_beta": "0.3"})
+    settings = resolve(given)
+    assert settings.config.learning_rate == 0.1
+    assert settings.origins["learning_rate"] == "--learning-rate"
+    assert settings.config.dpo_beta == (0.1 if loss == "sft" else 0.3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_with_a_loss_writes_a_file_that_loads_again(loss: str, write_json: Write) -> None:
+    config = resolve({"loss": loss}).config
+    again = resolve({}, write_json(dump(config), "c.yaml"))
+    assert again.config == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({"dpo_beta": 0.2}, {"config_other_loss": "--dpo-beta"}),
+        ({"simpo_gamma": 0.2}, {"config_other_loss": "--simpo-gamma"}),
+        ({"simpo_gamma": 0.2, "loss": "dpo"}, {"config_other_loss": "--simpo-gamma"}),
+        ({"loss": "kto", "batch_size": 1}, {"config_kto_batch": "--batch-size"}),
+    ],
+)
+def test_keys_that_the_loss_does_not_read_are_refused(keys: dict[str, Any], wanted: dict[str, str]) -> None:
+    with pytest.raises(UserErrors) as caught:
+        resolve(keys)
+    assert {error.key: error.where for error in caught.value.errors} == wanted

@@ -15,6 +15,8 @@ from truetune.assembly import assemble
 from truetune.cli import run
 from truetune.config import resolve
 from truetune.console import Console
+from truetune.engine.objective import IMITATION
+from truetune.engine.step import make_forwards
 from truetune.measure import forecast
 from truetune.preflight import preflight
 from truetune.records import pairs_of
@@ -36,12 +38,15 @@ def test_tokens_of_the_run_are_counted(
     """With a fixed time a token, the forecast is the tokens that the run then computes: steps and evaluations."""
     assembly, train = build(write_json(rows), tiny_qwen, max_steps=12)
     need = forecast(assembly, train)
-    per_token = need.seconds_per_step / measure._mean_tokens(assembly.loop.engine, train, plan=assembly.loop.plan)
+    step_tokens = measure._mean_tokens(
+        assembly.loop.engine, train, plan=assembly.loop.plan, objective=assembly.loop.objective
+    )
+    per_token = need.seconds_per_step / step_tokens
     again, _ = build(write_json(rows), tiny_qwen, max_steps=12)
     events = list(again.loop.run(train, evaluate=again.evaluate))
     step_tokens = sum(event["computed_tokens"] for event in events if event["kind"] == "step")
     num_evaluations = sum(event["kind"] == "eval" for event in events)
-    eval_tokens = sum(f.num_tokens for f in measure.make_forwards(again.loop.engine, pairs_of(again.held_out)))
+    eval_tokens = sum(f.num_tokens for f in make_forwards(again.loop.engine, pairs_of(again.held_out)))
     expected = per_token * (step_tokens + num_evaluations * eval_tokens / measure.STEP_COST)
     assert num_evaluations > 1
     assert eval_tokens > 0
@@ -54,7 +59,9 @@ def test_long_runs_are_sampled(write_json: Write, rows: list[dict[str, str]], ti
     """Fifty steps of three hundred say what all say, within some percent."""
     assembly, train = build(write_json(rows), tiny_qwen)
     engine, plan = assembly.loop.engine, replace(assembly.loop.plan, seed=1)
-    sampled, whole = (measure._mean_tokens(engine, train, plan=replace(plan, num_steps=n)) for n in (300, 40))
+    sampled, whole = (
+        measure._mean_tokens(engine, train, plan=replace(plan, num_steps=n), objective=IMITATION) for n in (300, 40)
+    )
     assert sampled == pytest.approx(whole, rel=0.1)
 
 

@@ -99,6 +99,16 @@ def test_scalars_of_a_step_on_a_gpu() -> None:
     assert trackers.scalars_of(STEP | {"gpu_percent": 97.0}) == SCALARS | {"train/gpu_percent": 97.0}
 
 
+def test_rewards_of_a_preference_loss() -> None:
+    rewards = {"rewards_chosen": 0.5, "rewards_rejected": -0.25, "reward_accuracy": 1.0, "reward_margin": 0.75}
+    assert trackers.scalars_of(STEP | rewards) == SCALARS | {f"train/{name}": value for name, value in rewards.items()}
+    told = EVAL | {f"eval_{name}": value for name, value in rewards.items()}
+    assert trackers.scalars_of(told) == {
+        "eval/loss": 1.25,
+        **{f"eval/{name}": value for name, value in rewards.items()},
+    }
+
+
 def test_scalars_of_other_events() -> None:
     assert trackers.scalars_of(EVAL) == {"eval/loss": 1.25}
     assert trackers.scalars_of({"kind": "state", "state": "done"}) == {}

@@ -19,8 +19,8 @@ MUTANTS = (
     Mutant(
         "1 loss divided by each forward's own tokens",
         "engine/step.py",
-        "forward_loss(engine, forward) / num_learned_tokens",
-        "forward_loss(engine, forward) / int(forward.weights_E.sum())",
+        "self.forwards[number]) / self.num_learned_tokens",
+        "self.forwards[number]) / int(self.forwards[number].weights_E.sum())",
         "tests/engine/test_step.py",
     ),
     Mutant("gradient doubled", "engine/step.py", "backward(loss)", "backward(2 * loss)", "tests/engine/test_step.py"),
@@ -658,8 +658,8 @@ MUTANTS = (
     Mutant(
         "ranks: each divides by its own learned tokens",
         "loop.py",
-        "Share(sum(len(pair.answer_ids) for pair in pairs),",
-        "Share(sum(len(pair.answer_ids) for pair in own),",
+        "Share(self.objective.measure(chosen),",
+        "Share(None,",
         "tests/distributed/test_several.py",
     ),
     Mutant(
@@ -671,7 +671,7 @@ MUTANTS = (
     ),
     Mutant(
         "ranks: one dropout mask for all of them",
-        "engine/step.py",
+        "engine/objective.py",
         "forward=number * share.num_ranks + share.rank",
         "forward=number",
         "tests/engine/test_step.py",
@@ -724,5 +724,40 @@ MUTANTS = (
         "        pieces.append(Pair(before, ids[first:stop]",
         "        pieces.append(Pair(before[:1], before[1:] + ids[first:stop]",
         "tests/data/test_lengths.py",
+    ),
+    Mutant(
+        "the reference keeps the adapter",
+        "engine/preference.py",
+        "with evaluating(engine.model), engine.model.disable_adapter():",
+        "with evaluating(engine.model):",
+        "tests/engine/test_preference.py",
+    ),
+    Mutant(
+        "dpo ignores beta",
+        "engine/preference.py",
+        "-F.logsigmoid(scales.beta * sides.margins(sides.ratios_B))",
+        "-F.logsigmoid(sides.margins(sides.ratios_B))",
+        "tests/engine/test_preference.py",
+    ),
+    Mutant(
+        "kto measures against the answers' own prompts",
+        "engine/preference.py",
+        "answer_ids=answers[n - 1].answer_ids)",
+        "answer_ids=answers[n].answer_ids)",
+        "tests/engine/test_preference.py",
+    ),
+    Mutant(
+        "a preference's gradient is each edge's own",
+        "engine/loss.py",
+        "return (grad_ED * grad_E[:, None]).to(grad_ED.dtype), None, None",
+        "return grad_ED, None, None",
+        "tests/engine/test_preference.py tests/engine/test_loss.py",
+    ),
+    Mutant(
+        "rejected answers are not counted",
+        "data/store.py",
+        "        if self.is_compared:\n            return records\n",
+        "",
+        "tests/data/test_prepare.py",
     ),
 )

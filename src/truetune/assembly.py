@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -16,9 +16,11 @@ from accelerate.utils import ProjectConfiguration
 from truetune.checkpoint import State
 from truetune.config import Config, Settings
 from truetune.console import Console
-from truetune.engine.compare import Choice, choose_engine, use_kind
-from truetune.engine.master import Masters, keep_masters, own_masters
+from truetune.engine.compare import Choice, Trial, choose_engine, comparison_rows, use_kind
+from truetune.engine.master import keep_masters, own_masters
 from truetune.engine.memory import Limits, choose_limits, free_bytes, set_checkpointing
+from truetune.engine.objective import Imitation, Objective
+from truetune.engine.preference import Preference
 from truetune.engine.quantised import held_bytes
 from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine, Kind, scaled_from
@@ -26,6 +28,7 @@ from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
 from truetune.model import Base, BaseWeights, add_lora, choose_dtype, count_parameters, load_base, pad_id, train_all
+from truetune.optimizer import make_optimizer, show_rates
 from truetune.place import read_place
 from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
@@ -60,7 +63,7 @@ class Assembly:
     settings: Settings
     accelerator: Accelerator
     loop: Loop
-    evaluate: Callable[[], float | None]
+    evaluate: Callable[[], Mapping[str, float] | None]
     state: State
     sampler: Sampler
     held_out: Sequence[Row] = ()
@@ -109,15 +112,22 @@ def assemble(
     settings, held_out = _choose(settings, flight)
     config = settings.config
     _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
-    optimizer, scheduler = _optimizer(model, masters, config=config, num_steps=flight.prepared.report.steps)
-    _show_rates(scheduler, console, num_steps=flight.prepared.report.steps)
-    loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward, ranks=ranks)
+    optimizer, scheduler = make_optimizer(model, masters, config=config, num_steps=flight.prepared.report.steps)
+    show_rates(scheduler, console, num_steps=flight.prepared.report.steps)
+    objective = _objective(config)
+    plan = _plan(config, flight)
+    loop = Loop(engine, optimizer, scheduler, plan, accelerator.backward, ranks=ranks, objective=objective)
     state = State(model, optimizer, scheduler, identity_of(config, flight), base.reference(), masters)
     _require_same(state.identity, ranks)
     # Alone, rank 0 asks; a sharded model answers on all ranks or none.
     sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or is_sharded)
-    evaluate = loss_evaluator(engine, held_out, ranks=ranks)
+    evaluate = loss_evaluator(engine, held_out, ranks=ranks, objective=objective)
     return Assembly(settings, accelerator, loop, evaluate, state, sampler, held_out, events)
+
+
+def _objective(config: Config) -> Objective:
+    """Return what is learned of rows."""
+    return Imitation() if config.loss == "sft" else Preference(config.loss, config.dpo_beta, config.simpo_gamma or 0.0)
 
 
 def _load_on(ranks: Ranks, base: Base, config: Config, dtype: str) -> Any:
@@ -152,12 +162,13 @@ def _engine(
     """Return the engine that agrees with the model and fits into memory, with what was chosen and the events of it."""
     config = settings.config
     filler = pad_id(flight.renderer.tokenizer)
+    _check_scaling(config, flight, model)
     is_sharded = config.strategy == "shard"
     plain = Engine(model, "plain", filler, max_tokens=1 << 40, scaled_from=scaled_from(model), is_sharded=is_sharded)
     if config.attention == "plain" or (is_begun and config.attention != "auto"):
         choice = Choice(use_kind(replace(plain, kind=config.attention)), ())
     else:
-        choice = _compared(plain, config.attention, flight, console)
+        choice = _compared(plain, config, flight, console)
     size, recompute = config.max_tokens_per_forward, config.gradient_checkpointing
     if size == "auto" or recompute == "auto":
         with console.status("status.measure"):
@@ -167,6 +178,7 @@ def _engine(
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
                 ranks=ranks,
+                objective=_objective(config),
             )
     else:
         engine, limits = replace(choice.engine, max_tokens=int(size)), None
@@ -178,6 +190,16 @@ def _engine(
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
 
 
+def _check_scaling(config: Config, flight: Preflight, model: Any) -> None:
+    """Refuse preference rows on both sides of a length that changes positions: their answers share one forward.
+
+    Raises: UserError.
+    """
+    limit, longest = scaled_from(model), int(flight.prepared.train.lengths(0, 1).max(initial=0))
+    if config.loss != "sft" and limit is not None and longest > limit:
+        raise UserError("preference_scaled", where="max_length", fix="preference_scaled", limit=limit, longest=longest)
+
+
 def _telling_rows(flight: Preflight) -> Iterator[Row]:
     """Yield what the governor has to see of the rows: the longest of each side, and some to measure."""
     prepared = flight.prepared
@@ -187,16 +209,19 @@ def _telling_rows(flight: Preflight) -> Iterator[Row]:
     yield from prepared.train[:MAX_MEASURED_ROWS]
 
 
-def _compared(plain: Engine, asked: Kind | Literal["auto"], flight: Preflight, console: Console) -> Choice:
+def _compared(plain: Engine, config: Config, flight: Preflight, console: Console) -> Choice:
     """Return the engine of the kind that was asked for, if it agrees with plain; of the fastest that does, for auto.
 
     Raises: NumericsError if a kind that was asked for computes something else.
     """
+    asked = config.attention
     if asked == "flex" and plain.device.type != "cuda":
         raise UserError("flex_needs_gpu", where="attention", fix="flex_needs_gpu")
     kinds: tuple[Kind, ...] = ("trie", "padded") if asked == "auto" else (asked,)
+    rows, objective = flight.prepared.train[:MAX_COMPARED_ROWS], _objective(config)
+    trial = None if config.loss == "sft" else Trial(comparison_rows(rows), objective)
     with console.status("status.compare"):
-        choice = choose_engine(plain, pairs_of(flight.prepared.train[:MAX_COMPARED_ROWS]), kinds=kinds)
+        choice = choose_engine(plain, pairs_of(rows), kinds=kinds, trial=trial)
     if asked not in ("auto", choice.engine.kind):
         result = choice.comparisons[-1]
         raise NumericsError("engine_differs", where="attention", fix="engine_differs", **asdict(result))
@@ -235,71 +260,6 @@ def _load(base: Base, config: Config, dtype: str) -> Any:
         use_dora=config.use_dora,
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,
     )
-
-
-def _optimizer(model: Any, masters: Masters, *, config: Config, num_steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Return AdamW over the trained weights, and the learning rate's schedule."""
-    # Not above: it imports PEFT, which is to be imported by engine/quiet.py first.
-    from transformers import get_scheduler
-
-    masters.gather()
-    optimizer = _adamw(model, masters, config)
-    optimizer.register_step_post_hook(masters.refresh)
-    scheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        # Rounded down, so that a run of a few steps does not spend one of them at learning rate 0.
-        num_warmup_steps=int(config.warmup_ratio * num_steps),
-        num_training_steps=num_steps,
-    )
-    return optimizer, scheduler
-
-
-def _adamw(model: Any, masters: Masters, config: Config) -> torch.optim.Optimizer:
-    """Return AdamW over the trained weights: in one group, or those of B in one of their own (LoRA+)."""
-    ratio = config.loraplus_lr_ratio
-    if ratio is None:
-        is_full = config.finetuning == "full"
-        # One pass over all weights instead of ten: of whole models, the step would take as long as the backward.
-        return torch.optim.AdamW(
-            masters.weights, lr=config.learning_rate, weight_decay=config.weight_decay, fused=is_full or None
-        )
-    from peft.optimizers import create_loraplus_optimizer
-
-    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=config.learning_rate,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=config.weight_decay,
-    )
-    # PEFT makes four: A, embeddings, B, what is never decayed.
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    return optimizer
-
-
-def _show_rates(scheduler: Any, console: Console, *, num_steps: int) -> None:
-    rates = _rates(scheduler, num_steps)
-    console.say("train.rates", **rates)
-    if rates["times"] != 1:
-        console.say("train.rates_b", **rates)
-
-
-def _rates(scheduler: Any, num_steps: int) -> dict[str, Any]:
-    """Return what is shown of the learning rate's curve: at the first step, the highest, at the last step.
-
-    `times`: the highest rate of a group (B's, with LoRA+) over that of the first.
-    """
-    base, factor = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
-    rates = [base * factor(step) for step in range(num_steps)]
-    highest = max(rates)
-    return {
-        "first": rates[0],
-        "highest": highest,
-        "at": rates.index(highest) + 1,
-        "last": rates[-1],
-        "times": scheduler.base_lrs[-1] / base,
-    }
 
 
 def _plan(config: Config, flight: Preflight) -> Plan:

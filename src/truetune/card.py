@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from truetune.data.template import Renderer
-from truetune.engine.score import score
+from truetune.engine.score import Score, score
 from truetune.engine.step import Engine, evaluating
 from truetune.evaluate import STEP_COST, Metrics, measure, rate, row_losses
 from truetune.forgetting import Forgetting, check_forgetting, language_of
@@ -68,11 +70,26 @@ class Talk:
 
 
 @dataclass(frozen=True)
+class Preferred:
+    """What became of the rows' chosen answers beside the rejected ones; shares of rows.
+
+    `base_likelier`, `tuned_likelier`: the chosen answer as a whole is the likelier one. `gained`: the tuned model has
+    it ahead by more than the base has; `margin`: by how much in the mean, in nats an answer.
+    """
+
+    base_likelier: float
+    tuned_likelier: float
+    gained: float
+    margin: float
+
+
+@dataclass(frozen=True)
 class Card:
     """All that the report card says. `is_held_out`: False if no rows were held out, so that trained ones are shown.
 
     `trained`: the tuned model on trained rows. `step`: whose weights the result holds. `losses`: (step, loss) of all;
     `held_out_losses`: (step, loss) of its evaluations. `overhead_share`: of the run's time that was not training.
+    `preferred`: only of a preference loss.
     """
 
     name: str
@@ -96,6 +113,7 @@ class Card:
     train_seconds: float
     overhead_share: float
     finetuning: str = "lora"
+    preferred: Preferred | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values, for report.json."""
@@ -107,7 +125,7 @@ class Card:
 class Subject:
     """What a card is about: a run's name, model, data, events, and the step whose weights are its result.
 
-    `finetuning`: lora or full.
+    `finetuning`: lora or full. `is_compared`: its loss compares chosen with rejected answers.
     """
 
     name: str
@@ -117,6 +135,7 @@ class Subject:
     step: int
     seed: int
     finetuning: str = "lora"
+    is_compared: bool = False
 
 
 def make_card(
@@ -130,7 +149,9 @@ def make_card(
     rows = list((held_out if len(held_out) else trained)[:num_compared])
     with base_only(engine.model):
         base = score(engine, pairs_of(rows))
+        base_rejected = _rejected(engine, rows, subject)
     tuned = score(engine, pairs_of(rows))
+    preferred = _preferred([(base, base_rejected), (tuned, _rejected(engine, rows, subject))])
     losses = [row_losses(rows, scores) for scores in (base, tuned)]
     answers, talk = _answers(engine, renderer, rows=rows, losses=losses, seed=subject.seed)
     lang = language_of(row.answer for row in rows)
@@ -159,7 +180,25 @@ def make_card(
         train_seconds=train_seconds,
         overhead_share=overhead_share,
         finetuning=subject.finetuning,
+        preferred=preferred,
     )
+
+
+def _rejected(engine: Engine, rows: Sequence[Row], subject: Subject) -> list[Score]:
+    """Return the score of each row's rejected answer, if the run was about them."""
+    return score(engine, [row.rejected[0] for row in rows]) if subject.is_compared else []
+
+
+def _preferred(sides: Sequence[tuple[Sequence[Score], Sequence[Score]]]) -> Preferred | None:
+    """Return what base and tuned model, each with (chosen, rejected), make of both answers; None if there are none."""
+    if not sides[0][1]:
+        return None
+    base, tuned = (
+        np.array([two.losses_A.sum() - one.losses_A.sum() for one, two in zip(chosen, rejected, strict=True)])
+        for chosen, rejected in sides
+    )
+    gains = tuned - base
+    return Preferred(_mean(base > 0), _mean(tuned > 0), _mean(gains > 0), _mean(gains))
 
 
 def _times(events: Sequence[dict[str, Any]], *, card_seconds: float) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from truetune.contradictions import LORA_KEYS, PER_DEVICE_KEYS, contradictions
 from truetune.errors import UserError, UserErrors
 
 
@@ -75,14 +76,16 @@ AutoInt = Literal["auto"] | PositiveInt
 
 
 LANGUAGES = ("en", "zh")
-LORA_KEYS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
-    *("use_rslora", "use_dora", "lora_init", "loraplus_lr_ratio", "quantization"),
-)
-"""What means something to LoRA alone: refused with full fine-tuning, and not written for it."""
-FULL_LEARNING_RATE = 1e-5
-"""Of full fine-tuning, if none is given: LoRA's B begins at 0 and must move far, whole weights hardly at all."""
-PER_DEVICE_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+LOSSES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
+DEFAULTS_WITH: dict[tuple[str, str], dict[str, Any]] = {
+    # LoRA's B begins at 0 and must move far, whole weights hardly at all.
+    ("finetuning", "full"): {"learning_rate": 1e-5},
+    # A preference is a smaller step than learning answers; measured in docs/decisions/016-preferences.md.
+    **{("loss", name): {"learning_rate": 5e-5} for name in LOSSES[1:]},
+    # Meng et al., arXiv:2405.14734, table 7: beta 2 to 10, gamma about half of it.
+    ("loss", "simpo"): {"learning_rate": 5e-5, "dpo_beta": 2.0, "simpo_gamma": 1.0},
+}
+"""Defaults of other keys that go with a key's value, the first that says one; what the user gives wins."""
 
 
 class Config(BaseModel):
@@ -106,6 +109,9 @@ class Config(BaseModel):
     max_length: PositiveInt = 2048
     overlong: Literal["refuse", "cut_prompt"] = "refuse"
     invalid: Literal["refuse", "skip"] = "refuse"
+    loss: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    dpo_beta: PositiveFloat = 0.1
+    simpo_gamma: Annotated[Float, Field(ge=0)] | None = None
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = None
@@ -233,17 +239,18 @@ def resolve(flags: Mapping[str, Any], config_file: Path | None = None) -> Settin
         config = Config(**values)
     except ValidationError as error:
         raise _as_user_errors(error, origins) from None
-    faults = _contradictions(config, origins)
+    faults = contradictions(config, origins)
     if faults:
         raise UserErrors(faults)
+    for (key, value), others in DEFAULTS_WITH.items():
+        if getattr(config, key) == value:
+            chosen = {name: default for name, default in others.items() if name not in origins}
+            config = config.model_copy(update=chosen)
+            origins.update(dict.fromkeys(chosen, f"{key}: {value}"))
     for key in PER_DEVICE_KEYS:
         if values.get(key) is not None:
             origins["batch_size"] = origins.pop(key)
-    config = _effective(config)
-    if config.finetuning == "full" and "learning_rate" not in values:
-        config = config.model_copy(update={"learning_rate": FULL_LEARNING_RATE})
-        origins["learning_rate"] = "finetuning: full"
-    return Settings(config, {key: origins.get(key, "default") for key in Config.model_fields})
+    return Settings(_effective(config), {key: origins.get(key, "default") for key in Config.model_fields})
 
 
 def _effective(config: Config) -> Config:
@@ -256,52 +263,6 @@ def _effective(config: Config) -> Config:
             "eval_split": 0.0 if config.eval_data else config.eval_split,
         }
     )
-
-
-def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserError]:
-    """Return a fault for each pair of keys that contradict each other."""
-    faults = []
-    per_device = {key for key in PER_DEVICE_KEYS if getattr(config, key) is not None}
-    if "batch_size" in origins and per_device and config.batch_size != config.rows_per_step:
-        names = ", ".join(sorted(per_device))
-        faults.append(
-            UserError(
-                "config_batch_size_twice", where=origins["batch_size"], fix="config_batch_size_twice", names=names
-            )
-        )
-    if config.eval_data and "eval_split" in origins and config.eval_split > 0:
-        faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
-    faults += [
-        UserError("config_not_lora", where=at, fix="config_not_lora", name=key)
-        for key, at in _lora_only(config, origins)
-    ]
-    faults += _of_start(config, origins)
-    return faults
-
-
-def _lora_only(config: Config, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return (key, where) of what was given for LoRA to full fine-tuning."""
-    return [(key, origins[key]) for key in LORA_KEYS if key in origins] if config.finetuning == "full" else []
-
-
-def _of_start(config: Config, origins: Mapping[str, str]) -> list[UserError]:
-    """Return a fault for each key that does not go with a start at a part of the base as it is.
-
-    PEFT has none for DoRA and quantised weights, and none to be dropped.
-    """
-    if config.lora_init == "default":
-        return []
-    return [
-        UserError(
-            "config_lora_init",
-            where=origins.get(key, origins.get("lora_init", key)),
-            fix="config_lora_init",
-            init=config.lora_init,
-            name=key,
-        )
-        for key in ("use_dora", "quantization", "lora_dropout")
-        if getattr(config, key)
-    ]
 
 
 def _as_user_errors(error: ValidationError, origins: Mapping[str, str]) -> UserErrors:

@@ -168,7 +168,7 @@ class Steps:
             self._bar.update(self._task, advance=1)
             return
         if event["kind"] == "eval":
-            self._console.say("train.eval", step=event["step"], loss=f"{event['eval_loss']:.4f}")
+            self._show_evaluation(event)
             return
         self._durations_s.append(event["seconds"])
         values = {
@@ -184,6 +184,15 @@ class Steps:
             self._console.say(
                 "train.step", step=event["step"], total=total, eta=_minutes(left), grad_norm=grad_norm, **values
             )
+
+    def _show_evaluation(self, event: Mapping[str, Any]) -> None:
+        """Show the held-out loss; of a preference loss, also how often the chosen answer has the higher reward."""
+        values = {"step": event["step"], "loss": f"{event['eval_loss']:.4f}"}
+        if "eval_reward_accuracy" in event:
+            values["accuracy"] = f"{event['eval_reward_accuracy']:.0%}"
+            self._console.say("train.eval_compared", margin=f"{event['eval_reward_margin']:.3f}", **values)
+            return
+        self._console.say("train.eval", **values)
 
     def _show_sample(self, event: Mapping[str, Any]) -> None:
         """Show a prompt and its answer, a line each; before the first prompt, whose answers follow."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from truetune.card import Card
+    from truetune.card import Card, Preferred
 
 NO_CHANGE_SHARE = 0.02
 """A loss that moved by less than this share of itself has not changed."""
@@ -24,6 +24,9 @@ RISE_SHARE = 0.05
 
 GAP_SHARE = 0.5
 """The loss of trained rows is below this share of the held-out rows' loss: it is memorising."""
+
+GAINED_SHARE = 0.5
+"""Rows in which the chosen answer has to gain on the rejected one."""
 
 STOP_SHARE, REPEAT_SHARE = 0.5, 0.3
 FORGOT_NATS = 1.0
@@ -41,7 +44,8 @@ class Finding:
 
 def diagnose(card: Card) -> list[Finding]:
     """Return what there is to say of a run: first of all whether it learned, then what is wrong."""
-    return [_change(card), *_overfitting(card), *_talking(card), *_forgetting(card)]
+    change = _change(card) if card.preferred is None else _preference(card.preferred)
+    return [change, *_overfitting(card), *_talking(card), *_forgetting(card)]
 
 
 def _change(card: Card) -> Finding:
@@ -62,6 +66,18 @@ def _change(card: Card) -> Finding:
     return Finding("no_change", values)
 
 
+def _preference(preferred: Preferred) -> Finding:
+    """Return whether chosen answers gained on rejected ones; that their own loss may rise meanwhile is no fault."""
+    values = {
+        "before": preferred.base_likelier,
+        "after": preferred.tuned_likelier,
+        "gained": preferred.gained,
+        "margin": preferred.margin,
+    }
+    is_learned = preferred.gained > GAINED_SHARE and preferred.margin > 0
+    return Finding("preferred" if is_learned else "not_preferred", values, is_good=is_learned)
+
+
 def _overfitting(card: Card) -> Iterator[Finding]:
     after = [(loss, step) for step, loss in card.held_out_losses if step > 0]
     if after:
@@ -69,7 +85,11 @@ def _overfitting(card: Card) -> Iterator[Finding]:
         if last > lowest * (1 + RISE_SHARE):
             yield Finding("overfit_rising", {"lowest": lowest, "step": step, "last": last})
             return
-    if card.trained is not None and card.trained.answer_loss < GAP_SHARE * card.tuned.answer_loss:
+    if (
+        card.preferred is None
+        and card.trained is not None
+        and card.trained.answer_loss < GAP_SHARE * card.tuned.answer_loss
+    ):
         losses = {"trained": card.trained.answer_loss, "held_out": card.tuned.answer_loss}
         yield Finding("overfit_gap", losses)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from truetune.engine.deal import filled, own_pairs
+from truetune.engine.deal import filled
+from truetune.engine.objective import IMITATION, Objective, Share, held_out
 from truetune.engine.score import Score, score
-from truetune.engine.step import Engine, held_out_sum, make_forwards
+from truetune.engine.step import Engine
 from truetune.ranks import ALONE, Ranks, watched
 from truetune.records import Pair, Row, pairs_of
 
@@ -111,23 +112,26 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def loss_evaluator(engine: Engine, rows: Sequence[Row], *, ranks: Ranks = ALONE) -> Callable[[], float | None]:
+def loss_evaluator(
+    engine: Engine, rows: Sequence[Row], *, ranks: Ranks = ALONE, objective: Objective = IMITATION
+) -> Callable[[], Mapping[str, float] | None]:
     """Return a function that gives the model's loss on `rows` as it is now, or None if there are none.
 
-    Each of `ranks` computes a part.
+    As `eval_loss`, with what the objective tells beside it: `eval_reward_accuracy` and others. Each of `ranks` computes
+    a part.
     """
-    pairs = pairs_of(rows)
-    if not pairs:
+    if not rows:
         return lambda: None
-    own = own_pairs(engine, pairs, rank=ranks.rank, num_ranks=ranks.size)
+    measured = Share(objective.measure(rows), ranks.rank, ranks.size)
 
-    def evaluate() -> float:
-        forwards = make_forwards(engine, own)
+    def evaluate() -> dict[str, float]:
+        share = objective.settle(engine, measured, total=ranks.sum)
+        forwards = objective.forwards(engine, rows, share=share)
         if engine.is_sharded:
             forwards = filled(engine, forwards, num_forwards=int(ranks.most(len(forwards))))
         with watched():
-            part = held_out_sum(engine, forwards)
-        return ranks.sum([part])[0] / sum(len(pair.answer_ids) for pair in pairs)
+            part = held_out(engine, forwards, objective=objective, share=share)
+        return dict(zip(part, ranks.sum(list(part.values())), strict=True))
 
     return evaluate
 

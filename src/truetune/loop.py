@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
 
-from truetune.engine.deal import filled, own_pairs
+from truetune.engine.deal import filled
+from truetune.engine.objective import Imitation, Objective, Share, StepResult, train_step
 from truetune.engine.order import Mix, batches
-from truetune.engine.step import Engine, Forward, Share, StepResult, make_forwards, train_step
+from truetune.engine.step import Engine, Forward
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError, out_of_memory
 from truetune.ranks import ALONE, Ranks, watched
-from truetune.records import Pair, Row, pairs_of
+from truetune.records import Row
 from truetune.signals import CAUGHT
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
+
+HeldOut = Mapping[str, float] | float | None
+"""What is said of held-out rows: their loss, or `eval_loss` and other values by their names; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class Batch:
     step: int
     epoch: float
     rows: Sequence[Row]
-    own: Sequence[Pair]
     forwards: Sequence[Forward]
     share: Share
     trie_tokens: int
@@ -58,9 +61,9 @@ class Batch:
 
 @dataclass
 class Loop:
-    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's).
+    """Engine, optimizer and scheduler of a run. `backward` adds the gradient (accelerate's); `objective`: its loss.
 
-    `raised`: the signal that this process got, if any. Each of `ranks` runs the same loop: they share a step's pairs,
+    `raised`: the signal that this process got, if any. Each of `ranks` runs the same loop: they share a step's rows,
     and end after the same step.
     """
 
@@ -72,6 +75,7 @@ class Loop:
     num_skipped: int = 0
     ranks: Ranks = ALONE
     raised: Callable[[], int | None] = lambda: None
+    objective: Objective = field(default_factory=Imitation)
     _agreed: int | None = None
 
     @property
@@ -89,16 +93,16 @@ class Loop:
         rows: Sequence[Row],
         *,
         start: int = 0,
-        evaluate: Callable[[], float | None] = lambda: None,
+        evaluate: Callable[[], HeldOut] = lambda: None,
         save: Callable[[int], None] = lambda _step: None,
         should_save: Callable[[], bool] = lambda: False,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Train from step `start` + 1 to the last, yielding "eval", "step" and "skipped" events.
 
-        `evaluate`: returns the held-out loss, or None where nothing is held out. `save`: writes a checkpoint: every
-        `save_steps`, and where `should_save` says so. `should_stop`: asked after each step, and after its save; if it
-        says yes, the state is saved and the loop ends.
+        `evaluate`: returns what is said of held-out rows, or None where nothing is held out. `save`: writes a
+        checkpoint: every `save_steps`, and where `should_save` says so. `should_stop`: asked after each step, and after
+        its save; if it says yes, the state is saved and the loop ends.
         """
         plan = self.plan
         if start == 0:
@@ -126,11 +130,9 @@ class Loop:
         def build(step: int) -> Batch:
             epoch, numbers = next(order)
             chosen = [rows[number] for number in numbers]
-            pairs = pairs_of(chosen)
-            own = own_pairs(self.engine, pairs, rank=self.ranks.rank, num_ranks=self.ranks.size)
-            share = Share(sum(len(pair.answer_ids) for pair in pairs), self.ranks.rank, self.ranks.size)
-            forwards = make_forwards(self.engine, own)
-            return Batch(step, epoch, chosen, own, forwards, share, count_trie_tokens(pairs))
+            share = Share(self.objective.measure(chosen), self.ranks.rank, self.ranks.size)
+            forwards = self.objective.forwards(self.engine, chosen, share=share)
+            return Batch(step, epoch, chosen, forwards, share, count_trie_tokens(self.objective.pairs(chosen)))
 
         with ThreadPoolExecutor(max_workers=1) as builder:
             following = builder.submit(build, start + 1)
@@ -144,9 +146,11 @@ class Loop:
         """Take one optimizer step and yield its event; before it, one for each time that memory ran out."""
         began, cpu_began = time.perf_counter(), time.process_time()
         step, rows = batch.step, batch.rows
+        # Once, however often memory runs out: all ranks ask together.
+        share = self.objective.settle(self.engine, batch.share, total=self.ranks.sum)
         while True:
             try:
-                result = self._own_part(batch)
+                result = self._own_part(batch, share)
                 break
             except (MemoryError, RuntimeError) as error:
                 # The other ranks of a sharded base wait for this forward, and would not know of another try.
@@ -171,12 +175,13 @@ class Loop:
             **told,
             "epoch": round(batch.epoch, 4),
             "loss": result.loss,
+            **result.told,
             "learning_rate": learning_rate,
             # B's, where LoRA+ gives it one of its own.
             **({"learning_rate_b": others[-1]} if others else {}),
             "grad_norm": grad_norm,
             "rows": len(rows),
-            "pairs": len(pairs_of(rows)),
+            "pairs": len(self.objective.pairs(rows)),
             "learned_tokens": result.num_learned_tokens,
             "trie_tokens": batch.trie_tokens,
             "computed_tokens": result.num_tokens,
@@ -186,37 +191,43 @@ class Loop:
             "gpu_percent": _gpu_percent(),
         }
 
-    def _own_part(self, batch: Batch) -> StepResult:
+    def _own_part(self, batch: Batch, share: Share) -> StepResult:
         """Add the gradient of this rank's part of a step."""
         forwards = batch.forwards
         if self.engine.is_sharded:
             forwards = filled(self.engine, forwards, num_forwards=int(self.ranks.most(len(forwards))))
         with watched():
             return train_step(
-                self.engine, forwards, seeds=(self.plan.seed, batch.step), backward=self.backward, share=batch.share
+                self.engine,
+                forwards,
+                seeds=(self.plan.seed, batch.step),
+                backward=self.backward,
+                objective=self.objective,
+                share=share,
             )
 
     def _together(self, part: StepResult) -> StepResult:
         """Sum the ranks' gradients, losses and signals, all in one reduction, and return the whole step's result."""
         raised = self.raised()
         flags = [float(raised == number) for number in CAUGHT]
-        numbers = [part.loss, part.num_tokens, *flags]
-        loss, num_tokens, *flags = self.ranks.sum_gradients(self._weights, numbers)
+        numbers = [part.loss, part.num_learned_tokens, part.num_tokens, *flags, *part.told.values()]
+        loss, learned, tokens, *others = self.ranks.sum_gradients(self._weights, numbers)
+        flags, told = others[: len(flags)], dict(zip(part.told, others[len(flags) :], strict=True))
         self._agreed = next((int(number) for number, flag in zip(CAUGHT, flags, strict=True) if flag), None)
-        return replace(part, loss=loss, num_tokens=int(num_tokens))
+        return StepResult(loss, int(learned), int(tokens), told)
 
     def _in_smaller_forwards(self, batch: Batch) -> Batch:
         """Halve the forwards of a batch that did not fit, and of all that follow.
 
-        Raises: MachineError if its longest pair alone does not fit.
+        Raises: MachineError if its longest pair, or its largest preference row, alone does not fit.
         """
         largest = max(forward.num_tokens for forward in batch.forwards)
-        longest = max(forward.num_positions for forward in batch.forwards)
-        if largest <= longest:
+        least = max(forward.least_tokens for forward in batch.forwards)
+        if largest <= least:
             raise out_of_memory(f"step {batch.step}")
-        size = min(self.engine.max_tokens, max(largest // 2, longest))
+        size = min(self.engine.max_tokens, max(largest // 2, least))
         self.engine = replace(self.engine, max_tokens=size)
-        return replace(batch, forwards=make_forwards(self.engine, batch.own))
+        return replace(batch, forwards=self.objective.forwards(self.engine, batch.rows, share=batch.share))
 
     def _clipped(self, step: int, rows: Sequence[Row], loss: float) -> float:
         """Clip the gradient and return its norm before that.
@@ -253,13 +264,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _evaluation(step: int, evaluate: Callable[[], float | None]) -> Iterator[Event]:
+def _evaluation(step: int, evaluate: Callable[[], HeldOut]) -> Iterator[Event]:
     began = time.perf_counter()
-    loss = evaluate()
-    if loss is not None and not math.isfinite(loss):
+    found = evaluate()
+    if found is None:
+        return
+    values = found if isinstance(found, Mapping) else {"eval_loss": found}
+    loss = values["eval_loss"]
+    if not math.isfinite(loss):
         raise NumericsError("held_out_not_finite", where=f"step {step}", fix="held_out_not_finite", loss=loss)
-    if loss is not None:
-        yield {"kind": "eval", "step": step, "eval_loss": loss, "seconds": time.perf_counter() - began}
+    yield {"kind": "eval", "step": step, **values, "seconds": time.perf_counter() - began}
 
 
 def _memory_bytes() -> int:

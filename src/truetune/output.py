@@ -109,6 +109,7 @@ class Saver:
     state: checkpoint.State
     flight: Preflight
     save_total_limit: int
+    loss: str = "sft"
 
     def rehearse(self) -> None:
         """Find out before step 1 whether checkpoints can be written."""
@@ -135,7 +136,9 @@ class Saver:
         with staged(self.run.path / trained.place, step=checkpoint.step_of(chosen)) as folder:
             trained.write_result(chosen, folder, left_out=checkpoint.OF_THE_RUN)
             self.flight.renderer.save_tokenizer(folder)
-            _write_card(folder, base=self.state.base["name"], name=self.run.path.name, place=trained.place)
+            _write_card(
+                folder, base=self.state.base["name"], name=self.run.path.name, place=trained.place, loss=self.loss
+            )
         return chosen
 
     def _write_use(self, folder: Path) -> None:
@@ -151,15 +154,20 @@ class Saver:
 
 
 CARDS = {
-    "adapter": ("peft", ["lora", "sft"], "A LoRA adapter"),
-    "model": ("transformers", ["full-fine-tuning"], "A model of which all weights were"),
+    "adapter": ("peft", "lora", "A LoRA adapter"),
+    "model": ("transformers", "full-fine-tuning", "A model of which all weights were"),
 }
-"""What the model card says of each kind of result: library, tags, the beginning of its sentence."""
+"""What the model card says of each kind of result: library, tag, the beginning of its sentence."""
 
 
-def _write_card(folder: Path, *, base: str, name: str, place: str) -> None:
-    library, tags, begin = CARDS[place]
-    card = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+def _write_card(folder: Path, *, base: str, name: str, place: str, loss: str) -> None:
+    library, tag, begin = CARDS[place]
+    card = {
+        "base_model": base,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": [tag, loss],
+    }
     head = "".join(f"{key}: {to_json(value)}\n" for key, value in card.items())
     body = f"# {name}\n\n{begin} trained with Truetune. What was trained is in truetune.json.\n"
     write_atomic(folder / "README.md", f"---\n{head}---\n\n{body}")

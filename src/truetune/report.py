@@ -58,6 +58,7 @@ def sentences(card: Values, lang: str) -> list[str]:
 
 def _sentence(finding: Values, card: Values, lang: str) -> str:
     known = {"rows": card["base"]["num_rows"], "base": card["base"], "tuned": card["tuned"]}
+    known |= {"never_seen": text("card.never_seen", lang) if card["is_held_out"] else ""}
     return text(f"card.{finding['name']}", lang, **(known | finding["values"]))
 
 
@@ -90,8 +91,19 @@ def metric_lines(card: Values, lang: str) -> list[tuple[str, ...]]:
     of_base = {"general_loss": [f"{forgetting[side]:.3f}" for side in ("before", "after")]}
     return [
         *((text(f"card.{name}", lang), *(metric(name, side) for side in sides)) for name in METRICS),
-        *((text(f"card.{name}", lang), *values, "") for name, values in (of_talk | of_base).items()),
+        *((text(f"card.{name}", lang), *values, "") for name, values in (_compared(card) | of_talk | of_base).items()),
     ]
+
+
+def _compared(card: Values) -> dict[str, list[str]]:
+    """Return how often the chosen answer is the likelier one, for base and tuned; {} of a loss that compares none."""
+    preferred = card.get("preferred")
+    if preferred is None:
+        return {}
+    return {
+        "chosen_likelier": [f"{preferred[f'{side}_likelier']:.0%}" for side in ("base", "tuned")],
+        "chosen_gained": ["", f"{preferred['gained']:.0%}"],
+    }
 
 
 def metric(name: str, side: Values | None) -> str:

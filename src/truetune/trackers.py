@@ -14,6 +14,7 @@ from truetune.config import Config
 from truetune.errors import UserError
 from truetune.signals import limited
 
+REWARD_KEYS = ("rewards_chosen", "rewards_rejected", "reward_accuracy", "reward_margin")
 TRAIN_KEYS = ("loss", "learning_rate", "grad_norm", "memory_bytes", "cpu_percent", "gpu_percent", "epoch")
 
 
@@ -86,10 +87,11 @@ def start(accelerator: Any, config: Config, *, folder: Path) -> Trackers:
 def scalars_of(event: Mapping[str, Any]) -> dict[str, float]:
     """Return what trackers get of an event, under the names that Trainer's callbacks use ("train/loss", ...)."""
     if event["kind"] == "eval":
-        return {"eval/loss": event["eval_loss"]}
+        return {f"eval/{name}": event[f"eval_{name}"] for name in ("loss", *REWARD_KEYS) if f"eval_{name}" in event}
     if event["kind"] != "step":
         return {}
     values = {f"train/{key}": event[key] for key in TRAIN_KEYS if event[key] is not None}
+    values |= {f"train/{key}": event[key] for key in REWARD_KEYS if key in event}
     values["train/rows_per_second"] = event["rows"] / event["seconds"]
     values["train/tokens_per_second"] = event["computed_tokens"] / event["seconds"]
     return values

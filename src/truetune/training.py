@@ -72,8 +72,7 @@ def _lead(
     show_report(flight.prepared.report, console)
     show_refused(flight.prepared.report, console)
     require_usable(flight.prepared.report, skip_invalid=config.invalid == "skip")
-    console.say("train.first_example")
-    console.pair_view(flight.renderer.tokenizer, flight.prepared.train[0].pairs[0])
+    _show_first(flight, console, is_compared=config.loss != "sft")
     assembly = assemble(settings, flight, folder=path, console=console, is_begun=run.is_run, ranks=ranks)
     assembly.loop.plan = replace(assembly.loop.plan, max_skipped=skip_bad)
     with RunLock(path):
@@ -86,6 +85,16 @@ def _lead(
             _train(run, assembly, flight, console, start=start)
         result = outcome(run)
     return result
+
+
+def _show_first(flight: Preflight, console: Console, *, is_compared: bool) -> None:
+    """Show the first pair as it is trained; of a preference loss, the rejected answer, too."""
+    row = flight.prepared.train[0]
+    console.say("train.first_example")
+    console.pair_view(flight.renderer.tokenizer, row.pairs[0])
+    if is_compared:
+        console.say("train.first_rejected")
+        console.pair_view(flight.renderer.tokenizer, row.rejected[0])
 
 
 def _as_chosen_then(settings: Settings, run: RunDir) -> Settings:
@@ -142,7 +151,7 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     watch.replay(events)
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
     tell_state(assembly, events, start=start)
-    saver = Saver(run, assembly.state, flight, config.save_total_limit)
+    saver = Saver(run, assembly.state, flight, config.save_total_limit, config.loss)
     if start < assembly.loop.plan.num_steps:
         _require_disk(saver, console, most=max(config.save_total_limit, checkpoint.MIN_KEPT) + 2)
         saver.rehearse()
@@ -189,6 +198,7 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         step=run.result_step or 0,
         seed=config.seed,
         finetuning=config.finetuning,
+        is_compared=config.loss != "sft",
     )
     card = card_of(assembly, flight, subject=subject)
     findings = [asdict(finding) for finding in diagnose(card)]

@@ -21,7 +21,7 @@ from truetune.rundir import RunDir
 TOLD = ("step", "skipped", "eval")
 COMPARED = (
     *("loss", "grad_norm", "learning_rate", "learning_rate_b", "epoch"),
-    *("learned_tokens", "rows", "eval_loss"),
+    *("learned_tokens", "rows", "eval_loss", "reward_margin", "eval_reward_margin"),
 )
 
 

@@ -31,6 +31,7 @@ from truetune.data.prepare import (
 from truetune.data.report import num_steps
 from truetune.data.template import Renderer, build_renderer
 from truetune.engine.order import batches
+from truetune.engine.trie import count_trie_tokens
 from truetune.errors import UserError
 from truetune.messages import text
 from truetune.records import Conversation, Pair, Row
@@ -622,6 +623,38 @@ def test_preference_rows_learn_the_chosen_answer(write_json: Callable[..., Path]
     assert decoded == [f"<think>\n\n</think>\n\n{answer}{STOP}" for answer in ("Yes.", "No, never.")]
     assert prepared.report.learned_tokens == len(row.pairs[0].answer_ids)
     assert text("note.preference", count=1) in prepared.report.notes
+
+
+def test_preference_losses_count_both_answers(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """Tokens, pairs and the longest one; only the last turn of a conversation; other rows than with loss sft."""
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "So?"},
+    ]
+    path = write_json([{"prompt": turns, "chosen": "Yes.", "rejected": "No, never at all."}])
+    imitated, compared = _prepare(path, renderer), _prepare(path, renderer, loss="dpo")
+    assert (len(imitated.train[0].pairs), len(compared.train[0].pairs)) == (2, 1)
+    (row,) = compared.train
+    pairs = [*row.pairs, *row.rejected]
+    assert pairs[0] == imitated.train[0].pairs[1]
+    assert pairs[1] == imitated.train[0].rejected[0]
+    report = compared.report
+    assert report.pairs == 2
+    assert report.total_tokens == sum(map(len, pairs))
+    assert report.learned_tokens == sum(len(pair.answer_ids) for pair in pairs)
+    assert report.longest == max(map(len, pairs)) == compared.train.longest_pairs()[0]
+    assert report.trie_tokens == count_trie_tokens(pairs) < report.total_tokens
+    assert text("note.compared", count=1, loss="dpo") in report.notes
+    assert compared.train[:1].is_compared
+    assert not imitated.train.is_compared
+
+
+def test_preference_rows_are_equal_if_both_answers_are(write_json: Callable[..., Path], renderer: Renderer) -> None:
+    """Two rejected answers to one chosen one are two rows for dpo, and one answer learned twice for sft."""
+    path = write_json([{"prompt": "Hi", "chosen": "Yes.", "rejected": answer} for answer in ("No.", "Never.", "No.")])
+    assert _prepare(path, renderer).report.exact_duplicates == 2
+    assert _prepare(path, renderer, loss="dpo").report.exact_duplicates == 1
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("Yes.", "No " * 20), ("Yes " * 20, "No."), ("Yes.", "No.")])

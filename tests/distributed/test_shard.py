@@ -12,9 +12,10 @@ from worker import ADAM_EPS, SEED, rows_of, train
 
 from truetune.engine.compare import use_kind
 from truetune.engine.deal import deal
+from truetune.engine.objective import Share, train_step
 from truetune.engine.order import batches
 from truetune.engine.shard import shard
-from truetune.engine.step import Engine, Share, make_forwards, train_step
+from truetune.engine.step import Engine, make_forwards
 from truetune.errors import UserError
 from truetune.model import add_lora
 from truetune.ranks import ALONE

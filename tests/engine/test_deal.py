@@ -12,7 +12,8 @@ import torch
 
 from truetune.engine.compare import use_kind
 from truetune.engine.deal import deal, filled
-from truetune.engine.step import Engine, Share, make_forwards, train_step
+from truetune.engine.objective import Share, train_step
+from truetune.engine.step import Engine, make_forwards
 from truetune.engine.trie import build_trie
 from truetune.model import add_lora
 from truetune.records import Pair

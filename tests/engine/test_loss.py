@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from truetune.engine import loss as module
-from truetune.engine.loss import Head, edge_loss, find_head
+from truetune.engine.loss import Head, edge_loss, edge_losses, find_head
 
 NODES, SIZE, WORDS, EDGES = 30, 16, 50, 40
 
@@ -57,6 +57,33 @@ def test_same_as_cross_entropy(
     (wanted_gradient,) = torch.autograd.grad(wanted * 0.5, [hidden])
     assert len(edges["parents_E"].unique()) < EDGES
     assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert float((gradient - wanted_gradient).norm()) <= 1e-5 * float(wanted_gradient.norm())
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
+@pytest.mark.parametrize("rows_a_block", [1, 3, 1000])
+@pytest.mark.parametrize("keys", [{}, {"scale": 2.0, "softcap": 5.0}, {"bias": 1}])
+def test_each_edge_has_a_loss_and_a_gradient_of_its_own(
+    rows_a_chunk: int, rows_a_block: int, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the losses are made into is no sum: each edge is weighed by what all of them are."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_a_chunk * WORDS)
+    monkeypatch.setattr(module, "BLOCK_LOGITS", rows_a_block * WORDS)
+    hidden, weight, edges = case()
+    bias = torch.linspace(-1, 1, WORDS, dtype=torch.float64) if "bias" in keys else None
+    head = Head(weight, bias, **{key: value for key, value in keys.items() if key != "bias"})
+    parents, targets = edges["parents_E"], edges["targets_E"]
+    ours = edge_losses(hidden, head, parents_E=parents, targets_E=targets)
+    (gradient,) = torch.autograd.grad((ours[::2].sum() * ours[1::2].sum()).sqrt(), [hidden])
+    each = [
+        plain(
+            hidden, head, {"parents_E": parents[n : n + 1], "targets_E": targets[n : n + 1], "weights_E": torch.ones(1)}
+        )
+        for n in range(EDGES)
+    ]
+    wanted = torch.stack(each)
+    (wanted_gradient,) = torch.autograd.grad((wanted[::2].sum() * wanted[1::2].sum()).sqrt(), [hidden])
+    assert ours.tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
     assert float((gradient - wanted_gradient).norm()) <= 1e-5 * float(wanted_gradient.norm())
 
 

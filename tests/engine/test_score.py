@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from truetune.engine.objective import held_out_loss
 from truetune.engine.score import mean_loss, score
-from truetune.engine.step import Engine, held_out_loss
+from truetune.engine.step import Engine
 from truetune.model import Base, add_lora, load_base
 from truetune.records import Pair
 

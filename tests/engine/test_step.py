@@ -11,19 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truetune.engine import step as step_module
-from truetune.engine.step import (
-    Engine,
-    Share,
-    dropout_seed,
-    forward_loss,
-    held_out_loss,
-    make_forwards,
-    running,
-    scaled_from,
-    split_padded,
-    train_step,
-)
+from truetune.engine.objective import held_out_loss, train_step
+from truetune.engine.step import Engine, forward_loss, make_forwards, running, scaled_from, split_padded
 from truetune.model import Base, add_lora, load_base
 from truetune.records import Pair
 
@@ -156,27 +145,6 @@ def test_rotary_scaling_that_looks_at_the_whole_forward() -> None:
         rope_parameters=longrope | {"original_max_position_embeddings": 48},
     )
     assert scaled_from(config) == 48
-
-
-def test_dropout_seeds_differ() -> None:
-    """Every (seed, step, forward) has a seed of its own."""
-    seeds = {dropout_seed(a, b, forward=c) for a in range(5) for b in range(20) for c in range(5)}
-    assert len(seeds) == 500
-
-
-def test_every_forward_of_every_rank_has_a_seed_of_its_own(
-    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And rank 0 of one has those of a process alone."""
-    drawn: list[int] = []
-    monkeypatch.setattr(step_module, "dropout_seed", lambda *_, forward: drawn.append(forward) or 0)
-    forwards = make_forwards(replace(engine, max_tokens=8), PAIRS)
-    assert len(forwards) >= 3
-    for share in (Share(), *(Share(99, rank, 3) for rank in range(3))):
-        train_step(engine, forwards, seeds=(0, 1), backward=lambda _: None, share=share)
-    num = len(forwards)
-    assert drawn[:num] == list(range(num))
-    assert sorted(drawn[num:]) == list(range(3 * num))
 
 
 def test_evaluation_is_without_dropout(tiny_qwen: Path) -> None:

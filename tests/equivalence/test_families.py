@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from truetune.engine.compare import choose_engine
 from truetune.engine.families import FAMILIES
-from truetune.engine.step import Engine, forward_loss, make_forwards, running, scaled_from, train_step
+from truetune.engine.objective import train_step
+from truetune.engine.step import Engine, forward_loss, make_forwards, running, scaled_from
 from truetune.model import add_lora
 from truetune.records import Pair
 

@@ -97,6 +97,7 @@ class Preparer:
                 pairs = self.renderer.finish(drafts, encoded, where=raw.where)
                 pieces = self._pieces(conversation, pairs)
                 fitting = pairs if pieces else self._fitting(conversation, pairs)
+                self._check_answers(conversation, fitting)
             except RowError as error:
                 tally.refused.append(error)
                 continue
@@ -110,20 +111,39 @@ class Preparer:
                 self._add_pieces(builder, conversation, pieces, source=source, number=number)
                 tally.num_split, tally.num_added = tally.num_split + 1, tally.num_added + len(pieces) - 1
             else:
-                builder.add(_row(number, conversation, fitting), RowFacts(source, has_system))
+                facts = RowFacts(source, has_system, is_compared=self._is_preference)
+                builder.add(_row(number, conversation, fitting), facts)
         return Done(builder.build(), tally)
 
     @property
     def _is_last_only(self) -> bool:
-        return self.config.train_on == "last_turn"
+        # A preference is about the last answer: earlier ones are its prompt.
+        return self.config.train_on == "last_turn" or self._is_preference
+
+    @property
+    def _is_preference(self) -> bool:
+        return self.config.loss != "sft"
 
     def _converted(self, raw: RawRow | RowError) -> Conversation | RowError:
         if isinstance(raw, RowError):
             return raw
         try:
-            return to_conversation(raw, input_join=self.config.input_join)
+            conversation = to_conversation(raw, input_join=self.config.input_join)
         except RowError as error:
             return error
+        if self._is_preference and not conversation.rejected:
+            return RowError("row_no_rejected", where=raw.where, fix="row_no_rejected", loss=self.config.loss)
+        return conversation
+
+    def _check_answers(self, conversation: Conversation, pairs: Sequence[Pair]) -> None:
+        """Refuse two answers that are not to one prompt, if they are to be compared, or that are one for the model.
+
+        Raises: RowError.
+        """
+        if self._is_preference and pairs[0].prompt_ids != pairs[1].prompt_ids:
+            raise RowError("row_two_prompts", where=conversation.where, fix="row_two_prompts", loss=self.config.loss)
+        if self._is_preference and pairs[0].answer_ids == pairs[1].answer_ids:
+            raise RowError("row_same_answers", where=conversation.where, fix="row_same_answers")
 
     def _fitting(self, conversation: Conversation, pairs: list[Pair]) -> list[Pair]:
         """Return the pairs if they are short enough, or cut where that was asked for.

@@ -43,7 +43,7 @@ UNFINISHED_S = 24 * 3600
 STORE_VERSION = 2
 """Of how rows become prepared rows: another number, and nothing prepared before is used."""
 
-DATA_KEYS = ("encoding", "input_join", "train_on", "max_length", "overlong")
+DATA_KEYS = ("encoding", "input_join", "train_on", "max_length", "overlong", "loss")
 
 Progress = Callable[[int], None]
 
@@ -126,7 +126,7 @@ def _stored(
         finally:
             unfinished.unlink(missing_ok=True)
         _prune(folder, keep=path)
-    return StoredRows(path), Tally.from_json(tally_path.read_text(encoding="utf-8"))
+    return StoredRows(path, is_compared=config.loss != "sft"), Tally.from_json(tally_path.read_text(encoding="utf-8"))
 
 
 def _prune(folder: Path, *, keep: Path) -> None:

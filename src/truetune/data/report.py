@@ -61,7 +61,7 @@ def make_report(
         quantiles=quantiles,
         formats=dict(tally.formats),
         diagnosis=[text(f"diagnosis.{key}", lang, **values) for key, values in _diagnose(config, counts, sides)],
-        notes=list(_notes(config, renderer, tally, lang)),
+        notes=list(_notes(config, renderer, tally=tally, lang=lang)),
         **counts,
     )
 
@@ -95,12 +95,13 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     return sum(count_prefixes(batch.sequences()) for batch in batches)
 
 
-def _notes(config: Config, renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
+def _notes(config: Config, renderer: Renderer, *, tally: Tally, lang: str) -> Iterator[str]:
     for name, count in tally.ignored.items():
         yield text("note.ignored_key", lang, name=name, count=count)
     preferred = sum(count for name, count in tally.formats.items() if name.startswith("preference"))
     if preferred:
-        yield text("note.preference", lang, count=preferred)
+        key = "note.preference" if config.loss == "sft" else "note.compared"
+        yield text(key, lang, count=preferred, loss=config.loss)
     if tally.formats["text"]:
         stop = renderer.tokenizer.decode([renderer.stop_ids[0]])
         yield text("note.texts", lang, count=tally.formats["text"], stop=stop)
@@ -130,7 +131,7 @@ def _diagnose(config: Config, counts: dict[str, Any], sides: Sides) -> Sequence[
         (counts["steps"] < FEW_STEPS, "few_steps", {"steps": counts["steps"]}),
         (not lowest <= config.learning_rate <= highest, rate, {"rate": config.learning_rate}),
         (counts["exact_duplicates"] > 0, "duplicates", {"count": counts["exact_duplicates"]}),
-        (counts["other_answers"] > 0, "other_answers", {"count": counts["other_answers"]}),
+        (counts["other_answers"] > 0 and config.loss == "sft", "other_answers", {"count": counts["other_answers"]}),
         (counts["rows_overlapping"] > 0, "overlap", {"count": counts["rows_overlapping"]}),
         (alike >= ALIKE_SHARE and len(train) > 1, "answers_alike", {"share": alike}),
         (

@@ -57,12 +57,14 @@ ONCE = ("where", "prompt_hash", "row_hash", "answer_hash", "source", "has_system
 class RowFacts:
     """What is counted over all rows. `source`: number of the row's file; `has_system`: it brings a system message.
 
-    `text_hash`: of the whole text, if the row is a piece of one; pieces of a text stay on one side.
+    `text_hash`: of the whole text, if the row is a piece of one; pieces of a text stay on one side. `is_compared`: its
+    rejected answer matters, too.
     """
 
     source: int = 0
     has_system: bool = False
     text_hash: int | None = None
+    is_compared: bool = False
 
 
 class RecordBuilder:
@@ -74,7 +76,8 @@ class RecordBuilder:
 
     def add(self, row: Row, facts: RowFacts = RowFacts()) -> None:
         """Append a row."""
-        row_hash = hash_of(*(ids for pair in row.pairs for ids in (pair.prompt_ids, pair.answer_ids)))
+        pairs = (*row.pairs, *(row.rejected if facts.is_compared else ()))
+        row_hash = hash_of(*(ids for pair in pairs for ids in (pair.prompt_ids, pair.answer_ids)))
         once: dict[str, Any] = {
             "where": row.where,
             # Plain text has no prompt: what two texts begin with says nothing of them.
@@ -228,10 +231,16 @@ class _File:
 
 
 class StoredRows(Sequence[Row]):
-    """Rows of a file, in the order of `numbers`; each is read when it is asked for."""
+    """Rows of a file, in the order of `numbers`; each is read when it is asked for.
 
-    def __init__(self, path: Path, numbers: np.ndarray | None = None, *, file: _File | None = None) -> None:
+    `is_compared`: rejected answers are learned from, too, so that they count among the learned pairs.
+    """
+
+    def __init__(
+        self, path: Path, numbers: np.ndarray | None = None, *, file: _File | None = None, is_compared: bool = False
+    ) -> None:
         self.path = path
+        self.is_compared = is_compared
         self._file = file or _File(path)
         self.numbers = np.arange(len(self._file.starts) - 1) if numbers is None else numbers
 
@@ -254,7 +263,7 @@ class StoredRows(Sequence[Row]):
 
     def chosen(self, numbers: np.ndarray) -> StoredRows:
         """Return other rows of the same file."""
-        return StoredRows(self.path, numbers, file=self._file)
+        return StoredRows(self.path, numbers, file=self._file, is_compared=self.is_compared)
 
     def lengths(self, *columns: int) -> np.ndarray:
         """Return the tokens of each learned pair of these rows: of the prompt (0), the answer (1), or both together."""
@@ -272,8 +281,10 @@ class StoredRows(Sequence[Row]):
         return np.repeat(starts - np.append(0, counts.cumsum()[:-1]), counts) + np.arange(counts.sum())
 
     def _learned_records(self) -> np.ndarray:
-        """Return those that are no rejected answers."""
+        """Return those that are no rejected answers, or all of them where these are compared."""
         records = self._records()
+        if self.is_compared:
+            return records
         learned: np.ndarray = records[~self._file.column("is_rejected")[records].astype(bool)]
         return learned
 
@@ -309,7 +320,8 @@ class StoredRows(Sequence[Row]):
         """Return the tokens of each row's longest learned pair."""
         if not len(self):
             return np.zeros(0, np.int64)
-        lengths = np.where(self._file.column("is_rejected").astype(bool), 0, self._file.lengths(0, 1))
+        is_unused = self._file.column("is_rejected").astype(bool) & (not self.is_compared)
+        lengths = np.where(is_unused, 0, self._file.lengths(0, 1))
         longest: np.ndarray = np.maximum.reduceat(lengths, self._file.starts[:-1])[self.numbers]
         return longest
 

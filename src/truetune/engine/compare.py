@@ -1,8 +1,8 @@
 """The comparison before step 1: does the engine compute what the model itself computes?
 
-Two pairs run through both, loss and gradient are compared, and the fastest way that agrees is taken: tries, else padded
-rows, else the model's and PEFT's own code alone. That is the rule, not a list of model names: it finds layers that are
-no plain attention (Qwen3-Next, Qwen3.5, LFM), unknown heads, scales and caps.
+Two pairs, or two preference rows, run through both, loss and gradient are compared, and the fastest way that agrees is
+taken: tries, else padded rows, else the model's and PEFT's own code alone. That is the rule, not a list of model names:
+it finds layers that are no plain attention (Qwen3-Next, Qwen3.5, LFM), unknown heads, scales and caps.
 
 All trained weights are compared, those of full fine-tuning, too: of a large gradient G [out, in] its product with a few
 random signs [in, 8] is kept, whose norm is that of G in expectation (Johnson-Lindenstrauss), and the gradient is freed
@@ -20,9 +20,10 @@ import torch
 
 from truetune.engine.attention import UnsupportedError
 from truetune.engine.fused import use_fused
-from truetune.engine.step import Engine, Kind, make_forwards, train_step
+from truetune.engine.objective import Imitation, Objective, train_step, whole
+from truetune.engine.step import Engine, Kind
 from truetune.engine.trie import num_common
-from truetune.records import Pair
+from truetune.records import Pair, Row
 
 MAX_TOKENS = 512
 """Of the two pairs together, where the data has such pairs: the comparison is to take seconds."""
@@ -57,15 +58,28 @@ class Choice:
     comparisons: Sequence[Comparison]
 
 
-def choose_engine(engine: Engine, pairs: Sequence[Pair], *, kinds: Sequence[Kind] = ("trie", "padded")) -> Choice:
-    """Return the engine with the first of `kinds` that agrees with plain, else with plain."""
-    two = comparison_pairs(pairs)
+@dataclass(frozen=True)
+class Trial:
+    """What is compared: a step over `rows`, whose loss is the objective's."""
+
+    rows: Sequence[Row]
+    objective: Objective
+
+
+def choose_engine(
+    engine: Engine, pairs: Sequence[Pair], *, kinds: Sequence[Kind] = ("trie", "padded"), trial: Trial | None = None
+) -> Choice:
+    """Return the engine with the first of `kinds` that agrees with plain, else with plain.
+
+    `trial`: what to compare; else two of the pairs, imitated.
+    """
+    trial = trial or Trial([Row(0, "", tuple(comparison_pairs(pairs)))], Imitation())
     results: list[Comparison] = []
     with _moved_adapter(engine.model):
-        wanted = _loss_and_gradient(replace(engine, kind="plain"), two)
+        wanted = _loss_and_gradient(replace(engine, kind="plain"), trial)
         for kind in kinds:
             candidate = replace(engine, kind=kind)
-            results.append(_compare(candidate, two, wanted))
+            results.append(_compare(candidate, trial, wanted))
             if results[-1].is_same:
                 return Choice(use_kind(candidate), results)
     return Choice(use_kind(replace(engine, kind="plain")), results)
@@ -94,9 +108,15 @@ def comparison_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for _, pair in distinct[first : first + 2]]
 
 
-def _compare(engine: Engine, pairs: Sequence[Pair], wanted: tuple[float, torch.Tensor]) -> Comparison:
+def comparison_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return two preference rows whose chosen answers are such pairs."""
+    two = comparison_pairs([row.pairs[0] for row in rows])
+    return [next(row for row in rows if row.pairs[0] == pair) for pair in two]
+
+
+def _compare(engine: Engine, trial: Trial, wanted: tuple[float, torch.Tensor]) -> Comparison:
     try:
-        loss, gradient = _loss_and_gradient(engine, pairs)
+        loss, gradient = _loss_and_gradient(engine, trial)
     except (UnsupportedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         return Comparison(engine.kind, problem=f"{type(error).__name__}: {error}")
     loss_difference = abs(loss / wanted[0] - 1)
@@ -107,8 +127,8 @@ def _compare(engine: Engine, pairs: Sequence[Pair], wanted: tuple[float, torch.T
     return Comparison(engine.kind, loss_difference, gradient_difference, is_same=is_same)
 
 
-def _loss_and_gradient(engine: Engine, pairs: Sequence[Pair]) -> tuple[float, torch.Tensor]:
-    """Return the loss of `pairs` and what is told of its gradient for all trained weights; nothing is left behind."""
+def _loss_and_gradient(engine: Engine, trial: Trial) -> tuple[float, torch.Tensor]:
+    """Return the loss of a trial and what is told of its gradient for all trained weights; nothing is left behind."""
     use_kind(engine)
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     told: dict[int, torch.Tensor] = {}
@@ -123,7 +143,14 @@ def _loss_and_gradient(engine: Engine, pairs: Sequence[Pair]) -> tuple[float, to
     numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
     hooks = [parameter.register_post_accumulate_grad_hook(tell) for parameter in parameters]
     try:
-        result = train_step(engine, make_forwards(engine, pairs), seeds=(0, 0), backward=lambda loss: loss.backward())
+        result = train_step(
+            engine,
+            trial.objective.forwards(engine, trial.rows),
+            seeds=(0, 0),
+            backward=lambda loss: loss.backward(),
+            objective=trial.objective,
+            share=whole(engine, trial.rows, objective=trial.objective),
+        )
         parts = [
             told[number] if number in told else _told(torch.zeros_like(parameter), number)
             for number, parameter in enumerate(parameters)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from truetune.engine.step import ATTENTIONS, Engine, Forward, make_forwards
+from truetune.engine.step import Engine, Forward, make_forwards
 from truetune.engine.trie import num_common
 from truetune.records import Pair
 
@@ -32,6 +32,14 @@ def deal(pairs: Sequence[Pair], num_ranks: int, *, is_shared: bool) -> list[list
     if is_shared:
         ids = [_tokens(pair)[:-1] for pair in ordered]
         new[1:] = [len(b) - num_common(a, b) for a, b in itertools.pairwise(ids)]
+    return [ordered[part] for part in cut(new, whole, num_ranks=num_ranks)]
+
+
+def cut(new: Sequence[int], whole: Sequence[int], *, num_ranks: int) -> list[slice]:
+    """Return each rank's part of a row of things, so that the largest part is as small as a cut allows.
+
+    `new`: what each one costs behind the one before; `whole`: as the first of a part. A part may be empty.
+    """
     most, least = sum(whole), -(-sum(new) // num_ranks)
     while least < most:
         middle = (least + most) // 2
@@ -41,9 +49,8 @@ def deal(pairs: Sequence[Pair], num_ranks: int, *, is_shared: bool) -> list[list
         else:
             most = middle
     starts = _starts(new, whole, most=most) or []
-    ends = [*starts[1:], len(ordered)]
-    dealt = [ordered[start:end] for start, end in zip(starts, ends, strict=True)]
-    return dealt + [[] for _ in range(num_ranks - len(dealt))]
+    starts += [len(new)] * (num_ranks + 1 - len(starts))
+    return [slice(start, end) for start, end in itertools.pairwise(starts)]
 
 
 def _tokens(pair: Pair) -> tuple[int, ...]:
@@ -66,11 +73,6 @@ def _starts(new: Sequence[int], whole: Sequence[int], *, most: int) -> list[int]
         else:
             load += num_new
     return starts
-
-
-def own_pairs(engine: Engine, pairs: Sequence[Pair], *, rank: int, num_ranks: int) -> list[Pair]:
-    """Return what a rank computes of `pairs`."""
-    return deal(pairs, num_ranks, is_shared=engine.kind in ATTENTIONS)[rank]
 
 
 def filled(engine: Engine, forwards: Sequence[Forward], *, num_forwards: int) -> list[Forward]:

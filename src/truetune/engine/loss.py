@@ -65,6 +65,18 @@ def edge_loss(
     return loss
 
 
+def edge_losses(
+    hidden_ND: torch.Tensor, head: Head, *, parents_E: torch.Tensor, targets_E: torch.Tensor
+) -> torch.Tensor:
+    """Return each edge's cross-entropy [E] (fp32, nats), for losses that are no sum over edges.
+
+    What an edge will weigh is known only when all losses are. So each edge keeps the gradient that it has by itself,
+    (p - 1 at the target) W, [E, D] as large as its hidden state, and the backward multiplies: no logits a second time.
+    """
+    losses_E: torch.Tensor = _EdgeLosses.apply(hidden_ND.index_select(0, parents_E), head, targets_E)
+    return losses_E
+
+
 def edge_scores(
     hidden_ND: torch.Tensor, head: Head, *, parents_E: torch.Tensor, targets_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +124,7 @@ class _EdgeLoss(torch.autograd.Function):
             if bias_V is not None:
                 logits_CV += bias_V
             for row, block_V in _blocks(logits_CV):
-                loss += _to_gradient(block_V, head, edges=_edges_of(edges, start + row, len(block_V)))
+                loss += _to_gradient(block_V, head, edges=_edges_of(edges, start + row, len(block_V))).sum()
             if grad_RD is not None:
                 torch.mm(logits_CV, weight_VD, out=grad_RD[start : start + size])
             if needs_weight:
@@ -136,6 +148,33 @@ def _chunk_rows(weight_VD: torch.Tensor, *, is_trained: bool) -> int:
     return max(size, weight_VD.shape[1]) if is_trained else size
 
 
+class _EdgeLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ED: torch.Tensor, head: Head, targets_E: torch.Tensor) -> torch.Tensor:
+        grad_ED = torch.empty_like(hidden_ED) if ctx.needs_input_grad[0] else None
+        losses_E = torch.empty(len(hidden_ED), dtype=torch.float32, device=hidden_ED.device)
+        size = min(max(CHUNK_LOGITS // len(head.weight_VD), 1), len(hidden_ED))
+        buffer_CV = hidden_ED.new_empty(size, len(head.weight_VD))
+        for start in range(0, len(hidden_ED), size):
+            hidden_CD = hidden_ED[start : start + size]
+            logits_CV = torch.mm(hidden_CD, head.weight_VD.T, out=buffer_CV[: len(hidden_CD)])
+            if head.bias_V is not None:
+                logits_CV += head.bias_V
+            for row, block_V in _blocks(logits_CV):
+                targets = targets_E[start + row : start + row + len(block_V)]
+                alone = (torch.arange(len(targets), device=targets.device), targets, torch.ones_like(targets).float())
+                losses_E[start + row : start + row + len(targets)] = _to_gradient(block_V, head, edges=alone)
+            if grad_ED is not None:
+                torch.mm(logits_CV, head.weight_VD, out=grad_ED[start : start + size])
+        ctx.save_for_backward(grad_ED)
+        return losses_E
+
+    @staticmethod
+    def backward(ctx: Any, grad_E: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_ED,) = ctx.saved_tensors
+        return (grad_ED * grad_E[:, None]).to(grad_ED.dtype), None, None
+
+
 def _blocks(logits_CV: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first row, rows) of the blocks that are worked on at once: all of them where there is no cache to fit."""
     size = max(BLOCK_LOGITS // logits_CV.shape[1], 1) if logits_CV.device.type == "cpu" else len(logits_CV)
@@ -152,7 +191,7 @@ def _edges_of(edges: tuple[torch.Tensor, ...], row: int, num_rows: int) -> tuple
 
 
 def _to_gradient(logits_CV: torch.Tensor, head: Head, *, edges: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the loss of some rows, and turn their raw logits, in place, into the loss's gradient for them.
+    """Return weight * loss of the edges of some rows, and turn the rows' raw logits, in place, into their gradient.
 
     With p = softmax and w = the weights of a row's edges, the gradient is (sum(w) p - w at the targets) times the
     slope of scale and cap.
@@ -168,9 +207,9 @@ def _to_gradient(logits_CV: torch.Tensor, head: Head, *, edges: tuple[torch.Tens
     most_C1 = wide.amax(-1, keepdim=True)
     exp_CV = (wide - most_C1 if wide.data_ptr() == logits_CV.data_ptr() else wide.sub_(most_C1)).exp_()
     sum_C1 = exp_CV.sum(-1, keepdim=True)
-    loss = (weights * ((sum_C1.log() + most_C1)[rows, 0] - at_target)).sum()
+    losses = weights * ((sum_C1.log() + most_C1)[rows, 0] - at_target)
     weight_C1 = torch.zeros_like(sum_C1[:, 0]).index_add_(0, rows, weights)[:, None]
     exp_CV.mul_(weight_C1 * head.scale / sum_C1)
     exp_CV.index_put_((rows, targets), -weights * head.scale, accumulate=True)
     logits_CV.copy_(exp_CV if slope is None else exp_CV.mul_(slope))
-    return loss
+    return losses

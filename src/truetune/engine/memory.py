@@ -20,10 +20,11 @@ from typing import Any
 import psutil
 import torch
 
-from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.engine.objective import IMITATION, Objective, train_step
+from truetune.engine.step import Engine, Forward, make_forwards
 from truetune.errors import UserError
 from truetune.ranks import ALONE, Ranks
-from truetune.records import Pair, Row, pairs_of
+from truetune.records import Pair, Row
 
 # Tokens of one forward, at most: beyond them nothing gets faster (docs/log.md).
 MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
@@ -69,15 +70,17 @@ def choose_limits(
     max_tokens: int | None = None,
     is_checkpointed: bool | None = None,
     ranks: Ranks = ALONE,
+    objective: Objective = IMITATION,
 ) -> tuple[Engine, Limits]:
     """Return the engine with the forward size and recomputation that fit into memory; None leaves them to be chosen.
 
-    All of `ranks` measure at the same time, and the one with the least room decides for all.
+    All of `ranks` measure at the same time, and the one with the least room decides for all. What is measured is
+    imitation: a preference loss keeps as much, and its reference keeps nothing.
 
     Raises: UserError naming the longest row, and what would fit, if it does not fit even with recomputation.
     """
-    longest = max(rows, key=lambda row: max(map(len, row.pairs)))
-    longest_tokens = max(map(len, longest.pairs))
+    longest = max(rows, key=objective.least_tokens)
+    longest_tokens = objective.least_tokens(longest)
     used = _used_bytes(engine.device)  # with what the comparison before took and the allocator kept
     ranks.wait()
     num_sharing = 1 if engine.device.type == "cuda" else ranks.place.local_size
@@ -85,7 +88,7 @@ def choose_limits(
     choices = [False, True] if is_checkpointed is None else [is_checkpointed]
     for choice in choices:
         set_checkpointing(engine, is_on=choice)
-        line = _measure(engine, pairs_of(rows))
+        line = _measure(engine, objective.pairs(rows))
         if ranks.least(budget - line.peak(longest_tokens)) >= 0:
             size = max_tokens or _power_of_two(int(ranks.least(line.tokens_within(budget))), engine.device)
             peak = max(line.peak(max(size, longest_tokens)) + _optimizer_bytes(engine), used)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from truetune.engine.step import Engine, evaluating, forward_scores, grouped, running
+from truetune.engine.step import Engine, Forward, evaluating, forward_scores, grouped, running
 from truetune.engine.trie import path_of
 from truetune.records import Pair, Trie
 
@@ -33,18 +33,20 @@ def score(engine: Engine, pairs: Sequence[Pair]) -> list[Score]:
     with evaluating(engine.model), running(engine):
         for group, forward in grouped(engine, pairs):
             losses_E, is_likeliest_E = (values.cpu().numpy() for values in forward_scores(engine, forward))
-            trie = forward.layout.trie if forward.layout is not None else None
-            places = _in_rows(group) if trie is None else (_in_trie(trie, pair) for pair in group)
-            for pair, at in zip(group, places, strict=True):
+            for pair, at in zip(group, places_of(forward, group), strict=True):
                 scores[pair] = Score(losses_E[at].astype(np.float64), is_likeliest_E[at])
     return [scores[pair] for pair in pairs]
 
 
-def _in_rows(group: Sequence[Pair]) -> Iterator[slice | np.ndarray]:
-    """Yield where each pair's edges are: of padded rows, one pair's behind the other's."""
+def places_of(forward: Forward, pairs: Sequence[Pair]) -> Iterator[np.ndarray]:
+    """Yield where each pair's edges are among those of the forward of `pairs`: [A], one for each answer token."""
+    if forward.layout is not None:
+        yield from (_in_trie(forward.layout.trie, pair) for pair in pairs)
+        return
+    # Of padded rows, one pair's are behind the other's.
     start = 0
-    for pair in group:
-        yield slice(start, start + len(pair.answer_ids))
+    for pair in pairs:
+        yield np.arange(start, start + len(pair.answer_ids))
         start += len(pair.answer_ids)
 
 

@@ -1,4 +1,4 @@
-"""Forward and backward of one optimizer step: pairs → forwards → loss → gradient.
+"""What runs through the model at once, and its loss: pairs → forwards → loss. objective.py makes steps of them.
 
 A forward is a trie (no token twice) or padded rows of the same pairs; both end in the same loss over edges: the hidden
 state at `parent` predicts `target`, which `weight` pairs learn there.
@@ -7,24 +7,21 @@ state at `parent` predicts `target`, which `weight` pairs learn there.
 
     padded   p0 p1 p2 a0 a1            Causal attention never looks right, so padding needs no mask. Edges (flat):
              p0 p1 a0 a1 a2            2→a0 3→a1 4→stop, 6→a0 7→a1 8→a2 9→stop
-
-The loss is the sum over edges divided by the learned tokens of the whole step, so it does not depend on how the step is
-split (transformers#34191 is the bug of dividing per forward).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from truetune.engine.answers import Answers
 from truetune.engine.attention import FLEX, SEGMENTS, Layout, attending_by
-from truetune.engine.loss import edge_loss, edge_scores, find_head
+from truetune.engine.loss import edge_loss, edge_losses, edge_scores, find_head
 from truetune.engine.trie import build_trie, split_pairs
 from truetune.records import Pair
 
@@ -63,13 +60,17 @@ class Engine:
 
 @dataclass(frozen=True)
 class Forward:
-    """What runs through the model at once. `parents_E`: flat positions of `input_ids_BT`. `layout`: only for a trie."""
+    """What runs through the model at once. `parents_E`: flat positions of `input_ids_BT`. `layout`: only for a trie.
+
+    `answers`: only for preference rows.
+    """
 
     input_ids_BT: torch.Tensor
     parents_E: torch.Tensor
     targets_E: torch.Tensor
     weights_E: torch.Tensor
     layout: Layout | None = None
+    answers: Answers | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -83,33 +84,10 @@ class Forward:
             return int(self.input_ids_BT.shape[1])
         return int(self.layout.trie.positions_N.max()) + 1
 
-
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of a step.
-
-    `num_learned_tokens`: of all ranks together, which the loss is divided by; None: those of the forwards. `rank` of
-    `num_ranks`: every forward of the step, on whichever rank, has a dropout seed of its own.
-    """
-
-    num_learned_tokens: int | None = None
-    rank: int = 0
-    num_ranks: int = 1
-
-
-WHOLE = Share()
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """`loss`: mean over the step's learned tokens, in nats; `num_tokens`: tokens computed, padding included.
-
-    Of a share: what it adds to both; `num_learned_tokens` is the whole step's.
-    """
-
-    loss: float
-    num_learned_tokens: int
-    num_tokens: int
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of its largest part that no forward can split: a pair, or a preference row."""
+        return self.num_positions if self.answers is None else self.answers.num_row_tokens
 
 
 def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
@@ -119,9 +97,14 @@ def make_forwards(engine: Engine, pairs: Sequence[Pair]) -> list[Forward]:
 
 def grouped(engine: Engine, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Forward]]:
     """Yield each forward of `pairs` with the pairs that it holds; padded rows are in their order."""
-    split, build = (split_pairs, _trie_forward) if engine.kind in ATTENTIONS else (split_padded, _padded_forward)
+    split = split_pairs if engine.kind in ATTENTIONS else split_padded
     for group in split(pairs, engine.max_tokens, scaled_from=engine.scaled_from):
-        yield group, build(engine, group)
+        yield group, build_forward(engine, group)
+
+
+def build_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
+    """Return one forward of `pairs`, however large."""
+    return (_trie_forward if engine.kind in ATTENTIONS else _padded_forward)(engine, pairs)
 
 
 def _trie_forward(engine: Engine, pairs: Sequence[Pair]) -> Forward:
@@ -175,6 +158,18 @@ def forward_loss(engine: Engine, forward: Forward) -> torch.Tensor:
         return edge_loss(hidden_states(engine, forward), head, **edges)
     losses_E = F.cross_entropy(_logits_by_model(engine, forward).float(), forward.targets_E, reduction="none")
     return (losses_E * forward.weights_E).sum()
+
+
+def forward_losses(engine: Engine, forward: Forward) -> torch.Tensor:
+    """Return the cross-entropy [E] (fp32, nats) at each edge, with its gradient.
+
+    A trie runs only inside `running`.
+    """
+    head = None if engine.kind == "plain" else find_head(engine.transformer)
+    if head is not None:
+        hidden_ND = hidden_states(engine, forward)
+        return edge_losses(hidden_ND, head, parents_E=forward.parents_E, targets_E=forward.targets_E)
+    return F.cross_entropy(_logits_by_model(engine, forward).float(), forward.targets_E, reduction="none")
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -256,59 +251,13 @@ def running(engine: Engine) -> Iterator[None]:
         yield
 
 
-def train_step(
-    engine: Engine,
-    forwards: Sequence[Forward],
-    *,
-    seeds: tuple[int, int],
-    backward: Callable[[torch.Tensor], None],
-    share: Share = WHOLE,
-) -> StepResult:
-    """Add the gradient of one optimizer step, or of a rank's share of it, to the parameters.
-
-    `seeds`: (run seed, step), for dropout.
-
-    Raises: ValueError if nothing is learned in the step; the preflight lets no such row through.
-    """
-    num_learned_tokens = share.num_learned_tokens
-    if num_learned_tokens is None:
-        num_learned_tokens = sum(int(forward.weights_E.sum()) for forward in forwards)
-    if num_learned_tokens == 0:
-        raise ValueError(f"step {seeds[1]} holds no learned token")
-    loss_sum = 0.0
-    with running(engine):
-        for number, forward in enumerate(forwards):
-            torch.manual_seed(dropout_seed(*seeds, forward=number * share.num_ranks + share.rank))
-            loss = forward_loss(engine, forward) / num_learned_tokens
-            backward(loss)
-            loss_sum += loss.item()
-    return StepResult(loss_sum, num_learned_tokens, sum(forward.num_tokens for forward in forwards))
-
-
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def held_out_sum(engine: Engine, forwards: Iterable[Forward]) -> float:
-    """Return the summed loss (nats) of `forwards` without dropout; the model's mode is restored."""
-    with evaluating(engine.model), running(engine):
-        losses: list[float] = [forward_loss(engine, forward).item() for forward in forwards]
-    return sum(losses)
-
-
-def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
-    """Return the mean loss (nats a learned token) of `pairs` without dropout."""
-    return held_out_sum(engine, make_forwards(engine, pairs)) / sum(len(pair.answer_ids) for pair in pairs)
-
-
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off inside the block; the model's mode is restored."""
-    was_training = model.training
+    """Switch dropout off inside the block; the mode of each of the model's layers is restored."""
+    modes = [(layer, layer.training) for layer in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
-
-
-def dropout_seed(seed: int, step: int, *, forward: int) -> int:
-    """Return the seed of one forward: a function of its place in the run, so that no RNG state is ever saved."""
-    return int(np.random.SeedSequence([seed, step, forward]).generate_state(1, np.uint64)[0] >> 1)
+        for layer, was_training in modes:
+            layer.training = was_training

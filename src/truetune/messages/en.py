@@ -127,7 +127,7 @@ TEXTS = {
     "report.more_refused": "… and {count} more refused rows ({reasons} reasons); see truetune check --show refused.",
     "note.ignored_key": 'The key "{name}" is not used (rows that have it: {count}).',
     "note.cut": "{count} rows were too long and lost their oldest turns; their answers are whole.",
-    "note.preference": "{count} rows are preference pairs: chosen answers are learned, rejected ones are not used.",
+    "note.preference": "{count} rows are preference pairs: loss: sft learns chosen answers; loss: dpo compares both.",
     "note.appends_stop": "The template ends answers without a stop token; one is appended and learned.",
     "note.opens_thinking": "The template opens a thinking block; {count} answers without reasoning learn an empty one.",
     "note.reads_clock": "The template writes the date; it is frozen at {date} for training and use.",

@@ -127,7 +127,7 @@ TEXTS = {
     "report.more_refused": "……还有 {count} 条被拒绝（{reasons} 种原因）；truetune check … --show refused 全部列出。",
     "note.ignored_key": "键“{name}”没有用到（{count} 条样本有它）。",
     "note.cut": "有 {count} 条样本过长，去掉了最早的几轮；回答都是完整的。",
-    "note.preference": "有 {count} 条偏好样本：学习 chosen 回答，rejected 回答不用。",
+    "note.preference": "有 {count} 条偏好样本：loss: sft 只学 chosen 回答；loss: dpo 才会用 rejected。",
     "note.appends_stop": "模板在回答末尾没有写停止符；已补上一个，并参与学习。",
     "note.opens_thinking": "模板会打开思考块；有 {count} 个没有思考内容的回答会学到空的思考块。",
     "note.reads_clock": "模板会写日期；训练和使用都固定为 {date}。",

@@ -17,6 +17,8 @@ from pyarrow import json as arrow_json
 COLUMNS = (
     *("loss", "learning_rate", "grad_norm", "epoch", "rows", "pairs", "learned_tokens", "trie_tokens", "seconds"),
     *("computed_tokens", "memory_bytes", "cpu_percent", "gpu_percent"),
+    # Only of a preference loss.
+    *("rewards_chosen", "rewards_rejected", "reward_accuracy", "reward_margin"),
 )
 RATES = {"rows_per_s": "rows", "tokens_per_s": "trie_tokens"}
 """Made of a column and the seconds of the step."""

@@ -65,6 +65,8 @@ function useOverlay(others, range) {
 function Small({ series, onPick }) {
   const curves = useMemo(() => {
     return [
+      [t("rewards"), [[t("reward_chosen"), series.rewards_chosen], [t("reward_rejected"), series.rewards_rejected]]],
+      [t("reward_accuracy"), [[t("reward_accuracy"), series.reward_accuracy]]],
       [t("learning_rate"), [[t("learning_rate"), series.learning_rate]]],
       [t("grad_norm"), [[t("grad_norm"), series.grad_norm]]],
       [t("rows_s"), [[t("rows_s"), series.rows_per_s]]],

@@ -3,7 +3,8 @@ import { useCallback, useEffect, useRef, useState } from "../html.js";
 import { get, listen } from "../api.js";
 
 // Beside the loss, which has points of its own so that none of its extremes is lost.
-const KEYS = ["learning_rate", "grad_norm", "rows_per_s", "tokens_per_s", "seconds", "memory_bytes", "cpu_percent", "gpu_percent"];
+const KEYS = ["learning_rate", "grad_norm", "rows_per_s", "tokens_per_s", "seconds", "memory_bytes", "cpu_percent", "gpu_percent",
+  "rewards_chosen", "rewards_rejected", "reward_accuracy"];
 const LOSS_POINTS = 3000;
 const POINTS = 3000;
 // So many live steps are drawn at the end of what was asked for, before all of it is asked for again.
