@@ -10,7 +10,7 @@ from truetune.cli import run
 from truetune.config import examples_folder, resolve
 from truetune.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_answers")]
 
 
 @pytest.mark.parametrize("name", ["full", "text"])

@@ -158,9 +158,9 @@ def test_a_text_file_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_folder_of_texts_is_data_and_a_readme_beside_rows_is_not(tmp_path: Path) -> None:
     for name in ("README.md", "b.txt", "a.md.gz"):
         (tmp_path / name).write_text("text")
-    assert [file.path.name for file in find_files([str(tmp_path)])] == ["README.md", "a.md.gz", "b.txt"]
+    assert [file.name for file in find_files([str(tmp_path)])] == ["README.md", "a.md.gz", "b.txt"]
     (tmp_path / "rows.json").write_text("[]")
-    assert [file.path.name for file in find_files([str(tmp_path)])] == ["rows.json"]
+    assert [file.name for file in find_files([str(tmp_path)])] == ["rows.json"]
 
 
 def test_encoding_of_a_csv(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_every_weight_gets_one_gradient(name: str) -> None:
     wanted_loss, wanted = loss_and_gradients(choice_of("plain", plain, max_tokens=1), pairs)
     # What is never read or predicted, such as a position table's end, has no gradient in either.
     alive = {key for key, gradient in wanted.items() if gradient is not None and float(gradient.norm()) > 0}
-    assert len(alive) >= 0.95 * len(wanted) >= 20
+    assert len(alive) >= 0.95 * len(wanted) > 19
     for kind, max_tokens in [("padded", 1 << 40), ("trie", 1 << 40), ("trie", 40)]:
         loss, found = loss_and_gradients(choice_of(kind, plain, max_tokens=max_tokens), pairs)
         assert loss == pytest.approx(wanted_loss, rel=1e-5), (kind, max_tokens)

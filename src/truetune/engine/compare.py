@@ -165,7 +165,7 @@ def _loss_and_gradient(engine: Engine, trial: Trial) -> tuple[float, torch.Tenso
 
 def _told(gradient: torch.Tensor, seed: int) -> torch.Tensor:
     """Return what is kept of a weight's gradient, in fp32: all of it, or its product with random signs."""
-    if gradient.numel() <= MAX_WHOLE:
+    if gradient.ndim < 2 or gradient.numel() <= MAX_WHOLE:
         return gradient.flatten().float()
     generator = torch.Generator().manual_seed(seed)
     signs_IK = torch.randint(0, 2, (gradient.shape[-1], NUM_SIGNS), generator=generator) * 2.0 - 1
