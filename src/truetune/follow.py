@@ -100,7 +100,7 @@ def _take_steps(assembly: Assembly, flight: Preflight, *, start: int, watch: Wat
     """Run the loop and return the last step: nothing is shown, saved or written."""
     loop, step = assembly.loop, start
     with StopFlag() as stop:
-        loop.raised = lambda: stop.signal
+        loop.raised = lambda: loop.ranks.asked(stop.signal)
         told = loop.run(
             flight.prepared.train,
             start=start,

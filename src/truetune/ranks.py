@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,9 +46,10 @@ class PeerLost(MachineError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process among those that train together; by default it is alone."""
+    """A process among those that train together; by default it is alone. `parent`: process id of who started it."""
 
     place: Place = field(default_factory=Place)
+    parent: int = 0
 
     @property
     def rank(self) -> int:
@@ -124,6 +127,11 @@ class Ranks:
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
+    def asked(self, number: int | None) -> int | None:
+        """Return the signal that this process got; SIGTERM if who started the ranks is gone, so that none is left."""
+        is_orphan = self.size > 1 and number is None and os.getppid() != self.parent
+        return int(signal.SIGTERM) if is_orphan else number
+
     def wait(self) -> None:
         """Wait until all ranks have come here."""
         self.sum([0.0])
@@ -180,7 +188,7 @@ class connected:  # noqa: N801 (a context manager)
         group = dist.PrefixStore("truetune", self._store)
         dist.init_process_group(backend, store=group, rank=place.rank, world_size=place.size, timeout=PATIENCE)
         self._stack.enter_context(hidden_from_libraries())
-        return Ranks(place)
+        return Ranks(place, os.getppid())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._place.size == 1:

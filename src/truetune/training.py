@@ -220,7 +220,7 @@ def _take_steps(
 
     told = trackers.start(assembly.accelerator, config, folder=run.path)
     with StopFlag() as stop, console.progress(loop.plan.num_steps, start) as screen:
-        loop.raised = lambda: stop.signal
+        loop.raised = lambda: loop.ranks.asked(stop.signal)
         teller = Teller(run, told, console, screen, config.logging_steps)
         try:
             for event in assembly.sampler.begin() if start == 0 else ():
