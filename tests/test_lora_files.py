@@ -58,9 +58,7 @@ def test_the_files_are_peft_s_own_conversion(kind: str, tmp_path: Path) -> None:
     theirs.save_pretrained(str(tmp_path / "start"))
     theirs.load_state_dict(tuned, strict=False)
     theirs.peft_config["default"].init_lora_weights = KINDS[kind]["init_lora_weights"]
-    theirs.save_pretrained(
-        str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
-    )
+    theirs.save_pretrained(str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     model = ours(copy.deepcopy(base), KINDS[kind])
     checkpoint.save_adapter(model, tmp_path / "ours", base=BASE)
     found, wanted = (load_file(tmp_path / side / checkpoint.ADAPTER) for side in ("ours", "theirs"))
