@@ -1,4 +1,4 @@
-"""The kinds of LoRA, in PEFT's words and in those of a run: every test of kinds goes through these tables."""
+"""The kinds of LoRA: what the tests of kinds go through."""
 
 from __future__ import annotations
 
@@ -17,14 +17,3 @@ KINDS: dict[str, dict[str, Any]] = {
 
 STARTED = [name for name, kind in KINDS.items() if "init_lora_weights" in kind]
 """Kinds that start at a part of the base."""
-
-RUNS: dict[str, dict[str, Any]] = {
-    "rslora": {"use_rslora": "true"},
-    "dora": {"use_dora": "true"},
-    "pissa": {"lora_init": "pissa"},
-    "olora": {"lora_init": "olora", "use_rslora": "true"},
-    "loraplus": {"loraplus_lr_ratio": 8},
-    "4bit": {"quantization": "4bit"},
-    "8bit": {"quantization": "8bit", "use_dora": "true"},
-}
-"""Keys of runs."""

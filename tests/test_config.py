@@ -208,6 +208,11 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("lora_dropout", 1),
     ("lora_dropout", -0.1),
     ("target_modules", 3),
+    ("use_rslora", "perhaps"),
+    ("use_dora", 2),
+    ("lora_init", "svd"),
+    ("loraplus_lr_ratio", 0.5),
+    ("quantization", "2bit"),
     ("dtype", "float16"),
     ("attention", "flash"),
     ("gradient_checkpointing", "sometimes"),
@@ -252,11 +257,23 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 68
+    assert len(BAD_VALUES) == 73
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}
     assert {key for key, _ in BAD_VALUES} == set(Config.model_fields) - free - lists_like_data
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_what_starts_at_the_base_needs_all_of_it(init: str) -> None:
+    """Each key that contradicts is a fault of its own, all at once; alone they are fine."""
+    others = {"use_dora": "true", "quantization": "4bit", "lora_dropout": "0.1"}
+    found = faults({"lora_init": init, **others})
+    assert {key: (error.key, error.values["init"]) for key, error in found.items()} == {
+        key: ("config_lora_init", init) for key in others
+    }
+    assert resolve({"lora_init": init, "use_rslora": "true", "loraplus_lr_ratio": "4"}).config.lora_init == init
+    assert resolve(others).config.use_dora is True
 
 
 def test_a_bad_value_of_a_file_is_refused_at_its_line(write_json: Write) -> None:

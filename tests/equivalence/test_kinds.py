@@ -1,4 +1,4 @@
-"""Kinds of LoRA: trie, padded rows and one pair at a time are what PEFT alone computes on its base."""
+"""Kinds of LoRA: trie, padded rows and one pair at a time are what PEFT alone computes, on a base that it changes."""
 
 from __future__ import annotations
 
