@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,15 +15,11 @@ TEMPLATE = (
 )
 
 
-def teach(folder: Path, *, rows: list[Row], words: list[Row], num_steps: int) -> Path:
-    """Make a base whose tokens are parts of `words`, and train all its weights on `rows` by plain transformers."""
+def make_tokenizer(rows: list[Row]) -> Any:
+    """Return a tokenizer of 420 tokens, which are parts of `rows`; bytes are its alphabet, so it reads any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    from truetune.data.template import build_renderer
-    from truetune.records import Conversation
-
-    texts = [text for row in words for text in row.values()]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -31,12 +28,27 @@ def teach(folder: Path, *, rows: list[Row], words: list[Row], num_steps: int) ->
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    backend.train_from_iterator([text for row in rows for text in row.values()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATE)
+
+
+def make_model(tokenizer: Any, *, hidden_size: int = 64) -> Any:
+    """Return a random Qwen3 of two layers for the tokens of `tokenizer`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), eos_token_id=1, **sizes, **heads)).train()
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "head_dim": hidden_size // 4}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), eos_token_id=1, **sizes, **layers)).train()
+
+
+def teach(folder: Path, *, rows: list[Row], words: list[Row], num_steps: int) -> Path:
+    """Make a base whose tokens are parts of `words`, and train all its weights on `rows` by plain transformers."""
+    from truetune.data.template import build_renderer
+    from truetune.records import Conversation
+
+    tokenizer = make_tokenizer(words)
+    model = make_model(tokenizer)
     pairs = []
     for row in rows:
         messages = ({"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]})

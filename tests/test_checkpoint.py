@@ -51,11 +51,11 @@ def step_once(state: checkpoint.State) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-def test_loaded_state_goes_on_to_the_bit(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_loaded_state_goes_on_to_the_bit(tiny_base: Path, tmp_path: Path) -> None:
     """Weights, Adam's moments and the learning rate are those that were saved."""
-    state = make_state(tiny_qwen, steps=3)
+    state = make_state(tiny_base, steps=3)
     path = save(tmp_path, 3, state)
-    fresh = make_state(tiny_qwen, seed=9)
+    fresh = make_state(tiny_base, seed=9)
     assert checkpoint.load(path, fresh) == 3
     expected, found = step_once(state), step_once(fresh)
     assert len(expected) == 4
@@ -63,9 +63,9 @@ def test_loaded_state_goes_on_to_the_bit(tiny_qwen: Path, tmp_path: Path) -> Non
     assert fresh.scheduler.get_last_lr() == state.scheduler.get_last_lr()
 
 
-def test_folder_holds_no_pickle_and_names_the_base(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_folder_holds_no_pickle_and_names_the_base(tiny_base: Path, tmp_path: Path) -> None:
     """Safetensors and JSON only; nothing temporary is left."""
-    path = save(tmp_path, 1, make_state(tiny_qwen, steps=1))
+    path = save(tmp_path, 1, make_state(tiny_base, steps=1))
     assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
     config = json.loads((path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/model", "v2")
@@ -73,9 +73,9 @@ def test_folder_holds_no_pickle_and_names_the_base(tiny_qwen: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "empty", "remove"])
-def test_damage_of_every_file_is_seen(tiny_qwen: Path, tmp_path: Path, fault: str) -> None:
+def test_damage_of_every_file_is_seen(tiny_base: Path, tmp_path: Path, fault: str) -> None:
     """Each file damaged in each way is named, and the checkpoint before is found instead."""
-    state = make_state(tiny_qwen, steps=1)
+    state = make_state(tiny_base, steps=1)
     good = save(tmp_path, 1, state)
     names = sorted(file.name for file in good.iterdir())
     assert len(names) == 5
@@ -88,9 +88,9 @@ def test_damage_of_every_file_is_seen(tiny_qwen: Path, tmp_path: Path, fault: st
         assert checkpoint.find(tmp_path) == (good, {"checkpoint-000002": name})
 
 
-def test_newest_step_wins_whatever_the_clock_says(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_newest_step_wins_whatever_the_clock_says(tiny_base: Path, tmp_path: Path) -> None:
     """Search and pruning go by step, not by modification time."""
-    state = make_state(tiny_qwen)
+    state = make_state(tiny_base)
     for step in (1_000_000, 100, 20):
         path = save(tmp_path, step, state)
         os.utime(path, (step, 10**9 - step))
@@ -99,12 +99,12 @@ def test_newest_step_wins_whatever_the_clock_says(tiny_qwen: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000100", "checkpoint-1000000"]
 
 
-def test_saving_a_step_again_replaces_it(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_it(tiny_base: Path, tmp_path: Path) -> None:
     """A repeated step is whole, not a mixture."""
-    save(tmp_path, 1, make_state(tiny_qwen))
-    path = save(tmp_path, 1, make_state(tiny_qwen, steps=2))
+    save(tmp_path, 1, make_state(tiny_base))
+    path = save(tmp_path, 1, make_state(tiny_base, steps=2))
     assert checkpoint.broken_file(path) is None
-    fresh: Any = make_state(tiny_qwen)
+    fresh: Any = make_state(tiny_base)
     checkpoint.load(path, fresh)
     assert fresh.scheduler.last_epoch == 2
 
@@ -120,10 +120,10 @@ def test_saving_a_step_again_replaces_it(tiny_qwen: Path, tmp_path: Path) -> Non
     ],
 )
 def test_other_identity_is_refused(
-    changed: dict[str, str], key: str, names: str, tiny_qwen: Path, tmp_path: Path
+    changed: dict[str, str], key: str, names: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     """What differs is named, keys with both values; allowed, it is returned, unless the tensors would not fit."""
-    path = save(tmp_path, 1, make_state(tiny_qwen))
+    path = save(tmp_path, 1, make_state(tiny_base))
     checkpoint.check_identity(path, IDENTITY)
     with pytest.raises(UserError) as caught:
         checkpoint.check_identity(path, IDENTITY | changed)
@@ -136,25 +136,25 @@ def test_other_identity_is_refused(
             checkpoint.check_identity(path, IDENTITY | changed, allow_changed=True)
 
 
-def test_other_versions_are_told(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path, 1, make_state(tiny_qwen))
+def test_other_versions_are_told(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 1, make_state(tiny_base))
     assert checkpoint.other_versions(path) == {}
     now = checkpoint.versions()
     monkeypatch.setattr(checkpoint, "versions", lambda: now | {"peft": "9.9"})
     assert checkpoint.other_versions(path) == {"peft": (now["peft"], "9.9")}
 
 
-def test_learning_rate_is_that_of_the_run_now(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_learning_rate_is_that_of_the_run_now(tiny_base: Path, tmp_path: Path) -> None:
     """Resumed with another learning rate, that one is in force at once, on its own curve."""
-    path = save(tmp_path, 3, make_state(tiny_qwen, steps=3))
-    state = make_state(tiny_qwen)
+    path = save(tmp_path, 3, make_state(tiny_base, steps=3))
+    state = make_state(tiny_base)
     state.scheduler.base_lrs = [0.5]
     checkpoint.load(path, state)
     assert state.scheduler.get_last_lr() == [0.5 / 4] == [group["lr"] for group in state.optimizer.param_groups]
 
 
-def test_the_best_and_two_undamaged_stay(tiny_qwen: Path, tmp_path: Path) -> None:
-    state = make_state(tiny_qwen)
+def test_the_best_and_two_undamaged_stay(tiny_base: Path, tmp_path: Path) -> None:
+    state = make_state(tiny_base)
     for step in range(1, 7):
         save(tmp_path, step, state)
     checkpoint.prune(tmp_path, keep=1, best=2)
@@ -166,21 +166,21 @@ def test_the_best_and_two_undamaged_stay(tiny_qwen: Path, tmp_path: Path) -> Non
     assert [checkpoint.step_of(path) for path in checkpoint.by_step(tmp_path)] == [2, 5, 6, 7]
 
 
-def test_a_copy_under_another_step_is_damaged(tiny_qwen: Path, tmp_path: Path) -> None:
-    path = save(tmp_path, 1, make_state(tiny_qwen))
+def test_a_copy_under_another_step_is_damaged(tiny_base: Path, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state(tiny_base))
     shutil.copytree(path, tmp_path / "checkpoint-000009")
     assert checkpoint.find(tmp_path) == (path, {"checkpoint-000009": "manifest.json"})
 
 
-def test_what_is_no_checkpoint_is_left_alone(tiny_qwen: Path, tmp_path: Path) -> None:
-    path = save(tmp_path, 1, make_state(tiny_qwen))
+def test_what_is_no_checkpoint_is_left_alone(tiny_base: Path, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, make_state(tiny_base))
     for name in ("checkpoint-last", "checkpoint-1.bak", ".tmp-checkpoint-000002-1", "notes"):
         (tmp_path / name).mkdir()
     assert checkpoint.by_step(tmp_path) == [path]
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_qwen: Path, tmp_path: Path) -> None:
-    state = make_state(tiny_qwen)
+def test_weights_that_are_not_finite_are_not_saved(tiny_base: Path, tmp_path: Path) -> None:
+    state = make_state(tiny_base)
     with torch.no_grad():
         next(part for part in state.model.parameters() if part.requires_grad)[0, 0] = float("inf")
     with pytest.raises(NumericsError) as caught:
@@ -190,9 +190,9 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_qwen: Path, tmp_path: Pa
 
 
 def test_rehearsal_leaves_nothing_and_sees_a_bad_disk(
-    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = make_state(tiny_qwen)
+    state = make_state(tiny_base)
     checkpoint.rehearse(tmp_path, state=state, write_extra=lambda _: None)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(checkpoint, "damage", lambda _: "optimizer.safetensors")
@@ -202,9 +202,9 @@ def test_rehearsal_leaves_nothing_and_sees_a_bad_disk(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_ones_are_set_aside(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_damaged_ones_are_set_aside(tiny_base: Path, tmp_path: Path) -> None:
     """They keep their files, and no longer count among those that are kept."""
-    state = make_state(tiny_qwen)
+    state = make_state(tiny_base)
     save(tmp_path, 1, state)
     (save(tmp_path, 2, state) / "manifest.json").write_text("{}")
     checkpoint.set_aside(tmp_path, checkpoint.find(tmp_path)[1])

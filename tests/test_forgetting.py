@@ -16,10 +16,10 @@ from truetune.model import Base, add_lora, eos_ids, load_base, load_tokenizer
 
 
 @pytest.mark.parametrize("lang", list(QUESTIONS))
-def test_loss_of_the_bases_own_answers(lang: str, tiny_qwen: Path) -> None:
-    renderer = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen), system="Be a pirate.")
-    base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
-    plain = build_renderer(load_tokenizer(tiny_qwen), eos_ids(tiny_qwen))
+def test_loss_of_the_bases_own_answers(lang: str, tiny_base: Path) -> None:
+    renderer = build_renderer(load_tokenizer(tiny_base), eos_ids(tiny_base), system="Be a pirate.")
+    base = load_base(Base(str(tiny_base), tiny_base, ""), "float32")
+    plain = build_renderer(load_tokenizer(tiny_base), eos_ids(tiny_base))
     prompts = [plain.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS[lang]]
     own = replies(base, plain, prompts=prompts, sampling=Sampling(32))
 

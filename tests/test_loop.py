@@ -39,11 +39,11 @@ def adapter_of(loop: Loop) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in loop.engine.model.named_parameters() if p.requires_grad}
 
 
-def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:
+def test_events_have_the_contract_fields(tiny_base: Path) -> None:
     """One step event a step, an evaluation before step 1 and at the end, saves where they are due."""
     saved: list[int] = []
     losses = iter([3.0, 2.0, 1.0, 0.5])
-    events = list(make_loop(tiny_qwen).run(ROWS, evaluate=lambda: next(losses), save=saved.append))
+    events = list(make_loop(tiny_base).run(ROWS, evaluate=lambda: next(losses), save=saved.append))
     assert [(event["kind"], event["step"]) for event in events] == [
         *[("eval", 0), ("step", 1), ("step", 2), ("eval", 2), ("step", 3), ("eval", 3)]
     ]
@@ -59,9 +59,9 @@ def test_events_have_the_contract_fields(tiny_qwen: Path) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 12, 30])
-def test_split_into_forwards_does_not_change_the_step(tiny_qwen: Path, max_tokens: int) -> None:
+def test_split_into_forwards_does_not_change_the_step(tiny_base: Path, max_tokens: int) -> None:
     """Loss and grad norm are those of one forward (E3): the divisor is the step's learned tokens."""
-    whole, split = make_loop(tiny_qwen), make_loop(tiny_qwen, max_tokens=max_tokens)
+    whole, split = make_loop(tiny_base), make_loop(tiny_base, max_tokens=max_tokens)
     pairs = list(zip(whole.run(ROWS), split.run(ROWS), strict=True))
     assert len(pairs) == 3
     for one, other in pairs:
@@ -69,28 +69,28 @@ def test_split_into_forwards_does_not_change_the_step(tiny_qwen: Path, max_token
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
-def test_same_seed_same_bits(tiny_qwen: Path) -> None:
+def test_same_seed_same_bits(tiny_base: Path) -> None:
     """Two runs with one seed are bit-equal, dropout on; with another seed they are not (E14)."""
     runs = {}
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        loop = make_loop(tiny_qwen, dropout=0.3, seed=seed)
+        loop = make_loop(tiny_base, dropout=0.3, seed=seed)
         losses = [event["loss"] for event in loop.run(ROWS)]
         runs[name] = (losses, adapter_of(loop))
     assert runs["first"][0] == runs["again"][0] != runs["other"][0]
     assert all(torch.equal(tensor, runs["again"][1][name]) for name, tensor in runs["first"][1].items())
 
 
-def test_evaluation_does_not_disturb_training(tiny_qwen: Path) -> None:
+def test_evaluation_does_not_disturb_training(tiny_base: Path) -> None:
     """With dropout on, drawing random numbers in an evaluation changes nothing (E10)."""
-    plain, disturbed = make_loop(tiny_qwen, dropout=0.3), make_loop(tiny_qwen, dropout=0.3)
+    plain, disturbed = make_loop(tiny_base, dropout=0.3), make_loop(tiny_base, dropout=0.3)
     losses = [event["loss"] for event in plain.run(ROWS)]
     events = disturbed.run(ROWS, evaluate=lambda: float(torch.rand(3).sum()))
     assert [event["loss"] for event in events if event["kind"] == "step"] == losses
 
 
-def test_every_adapter_weight_moves_and_no_other(tiny_qwen: Path) -> None:
+def test_every_adapter_weight_moves_and_no_other(tiny_base: Path) -> None:
     """After two steps each A and each B has moved, and no base weight has (E7, E9)."""
-    loop = make_loop(tiny_qwen, num_steps=2)
+    loop = make_loop(tiny_base, num_steps=2)
     before = {name: parameter.detach().clone() for name, parameter in loop.engine.model.named_parameters()}
     list(loop.run(ROWS))
     moved = {name for name, p in loop.engine.model.named_parameters() if not torch.equal(p, before[name])}
@@ -98,9 +98,9 @@ def test_every_adapter_weight_moves_and_no_other(tiny_qwen: Path) -> None:
     assert len(moved) == 2 * 2 * 7
 
 
-def test_nan_stops_before_the_optimizer_moves(tiny_qwen: Path) -> None:
+def test_nan_stops_before_the_optimizer_moves(tiny_base: Path) -> None:
     """The error names step and rows; the weights are those of the step before."""
-    good, bad = make_loop(tiny_qwen, num_steps=1), make_loop(tiny_qwen)
+    good, bad = make_loop(tiny_base, num_steps=1), make_loop(tiny_base)
     list(good.run(ROWS))
     with pytest.raises(NumericsError) as caught:
         list(poison_steps(bad, {2}))
@@ -110,9 +110,9 @@ def test_nan_stops_before_the_optimizer_moves(tiny_qwen: Path) -> None:
     assert all(torch.equal(tensor, adapter_of(bad)[name]) for name, tensor in adapter_of(good).items())
 
 
-def test_bad_steps_may_be_skipped(tiny_qwen: Path) -> None:
+def test_bad_steps_may_be_skipped(tiny_base: Path) -> None:
     """Weights and moments are as before it, the learning rate goes on, and the rows are told; one more is too many."""
-    loop = make_loop(tiny_qwen)
+    loop = make_loop(tiny_base)
     loop.scheduler = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda step: 1 / (1 + step))
     loop.plan = replace(loop.plan, max_skipped=1)
     kinds, weights = [], []
@@ -127,7 +127,7 @@ def test_bad_steps_may_be_skipped(tiny_qwen: Path) -> None:
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert not all(torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
     assert all(torch.isfinite(tensor).all() for tensor in weights[2].values())
-    again = make_loop(tiny_qwen)
+    again = make_loop(tiny_base)
     again.plan = replace(again.plan, max_skipped=1)
     with pytest.raises(NumericsError) as caught:
         list(poison_steps(again, {1, 3}))
@@ -148,35 +148,35 @@ def poison_steps(loop: Loop, steps: set[int]) -> Iterator[Any]:
     return loop.run(ROWS)
 
 
-def test_held_out_loss_that_is_not_finite_stops(tiny_qwen: Path) -> None:
+def test_held_out_loss_that_is_not_finite_stops(tiny_base: Path) -> None:
     """Not a traceback from the JSON writer: exit 4, with the step."""
     with pytest.raises(NumericsError) as caught:
-        list(make_loop(tiny_qwen).run(ROWS, evaluate=lambda: float("nan")))
+        list(make_loop(tiny_base).run(ROWS, evaluate=lambda: float("nan")))
     assert (caught.value.key, caught.value.where, caught.value.exit_code) == ("held_out_not_finite", "step 0", 4)
 
 
-def test_stop_comes_after_evaluation_and_save(tiny_qwen: Path) -> None:
+def test_stop_comes_after_evaluation_and_save(tiny_base: Path) -> None:
     """A step that is asked to be the last is evaluated and saved as in an uninterrupted run."""
     saved: list[int] = []
     asked = iter([False, True])
-    loop = make_loop(tiny_qwen)
+    loop = make_loop(tiny_base)
     events = list(loop.run(ROWS, evaluate=lambda: 1.0, save=saved.append, should_stop=lambda: next(asked)))
     assert [(event["kind"], event["step"]) for event in events] == [("eval", 0), ("step", 1), ("step", 2), ("eval", 2)]
     assert saved == [2]
 
 
-def test_a_signal_while_saving_is_heard_after_it(tiny_qwen: Path) -> None:
+def test_a_signal_while_saving_is_heard_after_it(tiny_base: Path) -> None:
     """The save is done once, and no further step is taken (F5)."""
     saved: list[int] = []
-    loop = make_loop(tiny_qwen)
+    loop = make_loop(tiny_base)
     events = list(loop.run(ROWS, save=saved.append, should_stop=lambda: bool(saved)))
     assert [event["step"] for event in events] == [1, 2]
     assert saved == [2]
 
 
-def test_saves_where_it_is_worth_it(tiny_qwen: Path) -> None:
+def test_saves_where_it_is_worth_it(tiny_base: Path) -> None:
     saved: list[int] = []
-    list(make_loop(tiny_qwen).run(ROWS, save=saved.append, should_save=lambda: not saved))
+    list(make_loop(tiny_base).run(ROWS, save=saved.append, should_save=lambda: not saved))
     assert saved == [1, 2, 3]
 
 
@@ -200,9 +200,9 @@ def out_of_memory_once(loop: Loop, at: int, error: Exception) -> None:
 
 
 @pytest.mark.parametrize(("at", "error"), [*zip([1, 2, 4], OUT_OF_MEMORY, strict=True)])
-def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, error: Exception, tiny_qwen: Path) -> None:
+def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, error: Exception, tiny_base: Path) -> None:
     """Whether the first forward of a step fails or a later one: the same step, with an event, and none after it."""
-    whole, halved = make_loop(tiny_qwen, max_tokens=12), make_loop(tiny_qwen, max_tokens=12)
+    whole, halved = make_loop(tiny_base, max_tokens=12), make_loop(tiny_base, max_tokens=12)
     wanted = list(whole.run(ROWS))
     out_of_memory_once(halved, at, error)
     events = list(halved.run(ROWS))
@@ -216,9 +216,9 @@ def test_out_of_memory_halves_the_forward_and_repeats_the_step(at: int, error: E
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_out_of_memory_for_one_pair_ends_the_run(tiny_qwen: Path) -> None:
+def test_out_of_memory_for_one_pair_ends_the_run(tiny_base: Path) -> None:
     """Nothing is left to halve: exit 3, with the step."""
-    loop = make_loop(tiny_qwen)
+    loop = make_loop(tiny_base)
 
     def backward(loss: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -19,7 +19,7 @@ CANARY = "canary-7f3a-secret"
 def test_no_secret_of_the_environment_is_written(
     write_json: Callable[..., Path],
     rows: list[dict[str, str]],
-    tiny_qwen: Path,
+    tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -27,14 +27,14 @@ def test_no_secret_of_the_environment_is_written(
     for name in ("HF_TOKEN", "SWANLAB_API_KEY", "MODELSCOPE_API_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, CANARY)
     out = tmp_path / "out"
-    words = ["--model", str(tiny_qwen), "--max-steps", "1", "--output-dir", str(out)]
+    words = ["--model", str(tiny_base), "--max-steps", "1", "--output-dir", str(out)]
     assert run(["train", str(write_json(rows)), *words]) == 0
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) > 15
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
     card = (out / "adapter" / "README.md").read_text()
     assert card.startswith("---\n")
-    assert f"base_model: {json.dumps(str(tiny_qwen))}" in card
+    assert f"base_model: {json.dumps(str(tiny_base))}" in card
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 6 steps."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert run(arguments(data, tiny_qwen, out, "--max-steps", "6")) == 0
+    assert run(arguments(data, tiny_base, out, "--max-steps", "6")) == 0
     return out
 
 
@@ -98,11 +98,11 @@ def weights(out: Path) -> bytes:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_equals_uninterrupted(
-    signal_number: int, whole: Path, data: Path, tiny_qwen: Path, tmp_path: Path
+    signal_number: int, whole: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """A signal in mid-run: the step ends, the state is saved, and resume goes on to the same bits."""
     out = tmp_path / "out"
-    words = arguments(data, tiny_qwen, out, "--max-steps", "6")
+    words = arguments(data, tiny_base, out, "--max-steps", "6")
     process = subprocess.Popen([sys.executable, "-m", "truetune", *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (out / "steps.jsonl").is_file() and time.monotonic() < deadline:
@@ -120,11 +120,11 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 
 def test_resume_falls_back_past_a_damaged_checkpoint(
-    whole: Path, data: Path, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest checkpoint is cut: it is passed over by name, and the result is the same."""
     out = tmp_path / "out"
-    words = arguments(data, tiny_qwen, out, "--max-steps", "6")
+    words = arguments(data, tiny_base, out, "--max-steps", "6")
     assert run(words) == 0
     RunDir(out).write_info(state="running")
     newest = out / "checkpoints" / "checkpoint-000006" / "optimizer.safetensors"
@@ -136,10 +136,10 @@ def test_resume_falls_back_past_a_damaged_checkpoint(
     assert weights(out) == weights(whole)
 
 
-def test_all_checkpoints_damaged(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_all_checkpoints_damaged(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Nothing is started anew and nothing deleted: exit 3 (F10)."""
     out = tmp_path / "out"
-    words = arguments(data, tiny_qwen, out, "--max-steps", "2")
+    words = arguments(data, tiny_base, out, "--max-steps", "2")
     assert run(words) == 0
     RunDir(out).write_info(state="running")
     for path in (out / "checkpoints").iterdir():
@@ -151,20 +151,20 @@ def test_all_checkpoints_damaged(data: Path, tiny_qwen: Path, tmp_path: Path) ->
     assert (out / "events.jsonl").read_bytes() == events
 
 
-def test_resume_needs_a_run(data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_needs_a_run(data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistyped folder, or none, is an error; a new run is not started in silence."""
     monkeypatch.chdir(tmp_path)
-    assert run([*arguments(data, tiny_qwen, tmp_path / "no-such-run"), "--resume"]) == 2
-    assert run(["train", str(data), "--model", str(tiny_qwen), "--resume"]) == 2
+    assert run([*arguments(data, tiny_base, tmp_path / "no-such-run"), "--resume"]) == 2
+    assert run(["train", str(data), "--model", str(tiny_base), "--resume"]) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_is_what_it_was(data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_what_it_was(data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less free memory on resume does not make another choice, which would round otherwise."""
     from truetune import assembly
 
     out = tmp_path / "out"
-    words = arguments(data, tiny_qwen, out, "--max-steps", "2")
+    words = arguments(data, tiny_base, out, "--max-steps", "2")
     assert run(words) == 0
     RunDir(out).write_info(state="running")
     called: list[str] = []
@@ -174,19 +174,19 @@ def test_auto_is_what_it_was(data: Path, tiny_qwen: Path, tmp_path: Path, monkey
     assert called == []
 
 
-def test_finished_run_says_so(whole: Path, data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_says_so(whole: Path, data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resuming it exits 0 and changes nothing."""
     before = weights(whole)
-    assert run([*arguments(data, tiny_qwen, whole, "--max-steps", "6"), "--resume"]) == 0
+    assert run([*arguments(data, tiny_base, whole, "--max-steps", "6"), "--resume"]) == 0
     assert str(whole) in capsys.readouterr().out
     assert weights(whole) == before
 
 
-def test_resume_refuses_other_data(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_resume_refuses_other_data(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """One row changed since the run began: exit 2, the run is left as it was."""
     out, copy = tmp_path / "out", tmp_path / "copy.json"
     copy.write_text(data.read_text())
-    words = arguments(copy, tiny_qwen, out, "--max-steps", "2")
+    words = arguments(copy, tiny_base, out, "--max-steps", "2")
     assert run(words) == 0
     RunDir(out).write_info(state="running")
     copy.write_text(data.read_text().replace("It is 4.", "It is 5."))
@@ -195,14 +195,14 @@ def test_resume_refuses_other_data(data: Path, tiny_qwen: Path, tmp_path: Path) 
     assert (out / "events.jsonl").read_bytes() == events
 
 
-def test_skipped_rows_are_written_down(write_json: Callable[..., Path], tiny_qwen: Path, tmp_path: Path) -> None:
+def test_skipped_rows_are_written_down(write_json: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
     """With invalid: skip the rest trains, and refused.jsonl says what did not."""
     rows = [{"instruction": f"Q{n}", "output": f"A{n}"} for n in range(9)] + [{"instruction": "no answer"}]
     path = write_json(rows)
     out = tmp_path / "out"
-    assert run(arguments(path, tiny_qwen, out, "--max-steps", "1")) == 2
+    assert run(arguments(path, tiny_base, out, "--max-steps", "1")) == 2
     assert not out.exists()
-    assert run(arguments(path, tiny_qwen, out, "--max-steps", "1", "--invalid", "skip")) == 0
+    assert run(arguments(path, tiny_base, out, "--max-steps", "1", "--invalid", "skip")) == 0
     refused = [json.loads(line) for line in (out / "data" / "refused.jsonl").read_text().splitlines()]
     assert [(row["where"], "output" in row["reason"]) for row in refused] == [(f"{path}:38", True)]
 
@@ -226,20 +226,20 @@ def test_system_prompt_and_template_values_travel_with_the_run(data: Path, tiny_
     assert trained <= ids
 
 
-def test_run_with_its_own_evaluation_data_resumes(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_run_with_its_own_evaluation_data_resumes(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Keys that name one fact in two ways (eval_data, per_device_...) do not look changed on resume."""
     out = tmp_path / "out"
     more = ["--eval-data", str(data), "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
-    words = ["train", str(data), "--model", str(tiny_qwen), "--output-dir", str(out), "--max-steps", "2", *more]
+    words = ["train", str(data), "--model", str(tiny_base), "--output-dir", str(out), "--max-steps", "2", *more]
     assert run(words) == 0
     for again in (["train", "--resume", "--output-dir", str(out)], [*words, "--resume"]):
         RunDir(out).write_info(state="running")
         assert run(again) == 0
 
 
-def test_machine_faults_exit_3(data: Path, tiny_qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_machine_faults_exit_3(data: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that the system does not let us make: no traceback, the path, and what to check."""
-    assert run(arguments(data, tiny_qwen, Path("/proc/nothing/out"), "--max-steps", "1")) == 3
+    assert run(arguments(data, tiny_base, Path("/proc/nothing/out"), "--max-steps", "1")) == 3
     assert "/proc/nothing" in capsys.readouterr().err
 
 
@@ -269,12 +269,12 @@ def test_every_shape_trains_to_the_end(shape: str, tiny_qwen: Path, tmp_path: Pa
     assert (out / "adapter" / "truetune.json").is_file()
 
 
-def test_weights_decide_how_often_rows_come(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_weights_decide_how_often_rows_come(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Over an epoch, rows of a source of weight 2 come twice, those of weight 0.5 half the time."""
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(20)]), encoding="utf-8")
     out = tmp_path / "out"
-    words = arguments(data, tiny_qwen, out, "--data-weights", "0.5,2", "--eval-split", "0", "--num-train-epochs", "1")
+    words = arguments(data, tiny_base, out, "--data-weights", "0.5,2", "--eval-split", "0", "--num-train-epochs", "1")
     words.insert(2, str(other))
     assert run(words) == 0
     lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]

@@ -91,11 +91,11 @@ CONFIGS: list[tuple[str, str, tuple[str, ...], str]] = [
 
 
 @pytest.fixture
-def train(rows: list[dict[str, str]], tiny_qwen: Path, tmp_path: Path) -> Callable[..., int]:
+def train(rows: list[dict[str, str]], tiny_base: Path, tmp_path: Path) -> Callable[..., int]:
     """Run `truetune train` on good rows with a model of one's own; nothing may be written."""
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
-    def call(*more: str, model: Path | str = tiny_qwen) -> int:
+    def call(*more: str, model: Path | str = tiny_base) -> int:
         out = tmp_path / "out"
         words = ["train", str(tmp_path / "rows.json"), "--model", str(model), "--output-dir", str(out), *more]
         code = run([*words, "--max-steps", "1"])
@@ -145,12 +145,12 @@ def test_model(
     edit: Edit,
     key: str,
     train: Callable[..., int],
-    tiny_qwen: Path,
+    tiny_base: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
+    shutil.copytree(tiny_base, model)
     edit(model)
     assert train(model=model) == 2
     said = text(key, file="pytorch_model.bin") if key.startswith("error.") else key
@@ -171,7 +171,7 @@ def test_an_offline_hub_id_and_a_path_take_no_time(
 
 def test_a_template_that_loops_ends(
     train: Callable[..., int],
-    tiny_qwen: Path,
+    tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -179,16 +179,16 @@ def test_a_template_that_loops_ends(
     """C10: a limit of time."""
     monkeypatch.setattr("truetune.data.template.TIME_LIMIT_S", 0.05)
     model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
+    shutil.copytree(tiny_base, model)
     (model / "chat_template.jinja").write_text(LOOP)
     assert train(model=model) == 2
     assert "40 rows cannot be used" in capsys.readouterr().err
 
 
-def test_a_template_without_a_stop_gets_one(train: Callable[..., int], tiny_qwen: Path, tmp_path: Path) -> None:
+def test_a_template_without_a_stop_gets_one(train: Callable[..., int], tiny_base: Path, tmp_path: Path) -> None:
     """C10: it is appended, and said so (GLM-4's templates are like that)."""
     model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
+    shutil.copytree(tiny_base, model)
     (model / "chat_template.jinja").write_text(NO_STOP)
     assert train(model=model) == 0
 
@@ -213,11 +213,11 @@ def test_more_tokens_than_embeddings(
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", None])
 def test_padding_that_is_the_stop_token_or_missing(
-    pad: str | None, train: Callable[..., int], tiny_qwen: Path, tmp_path: Path
+    pad: str | None, train: Callable[..., int], tiny_base: Path, tmp_path: Path
 ) -> None:
     """C11: the stop token is learned all the same, since nothing is masked by its id."""
     model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
+    shutil.copytree(tiny_base, model)
     _json("tokenizer_config.json", pad_token=pad)(model)
     assert train("--attention", "padded", model=model) == 0
     rows = (tmp_path / "out" / "data" / "train.arrow").stat().st_size
@@ -258,7 +258,7 @@ def test_too_little_memory_is_told_before_loading(
 
 
 def test_too_little_disk_is_told_before_the_first_step(
-    tiny_qwen: Path, tmp_path: Path, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tiny_base: Path, tmp_path: Path, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """C15: with both numbers; the run can be resumed."""
     from truetune import disk
@@ -266,7 +266,7 @@ def test_too_little_disk_is_told_before_the_first_step(
     free = disk._free
     monkeypatch.setattr(disk, "_free", lambda _: 1_000_000)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = ["train", str(tmp_path / "rows.json"), "--model", str(tiny_qwen), "--output-dir", str(tmp_path / "out")]
+    words = ["train", str(tmp_path / "rows.json"), "--model", str(tiny_base), "--output-dir", str(tmp_path / "out")]
     assert run([*words, "--max-steps", "2"]) == 3
     assert "MB needed, 1.0 MB free" in capsys.readouterr().err
     assert not (tmp_path / "out" / "steps.jsonl").exists()

@@ -83,13 +83,13 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(data: Path, held_out: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: Path, held_out: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to."""
     import torch
 
     torch.set_num_threads(1)  # as in the tests; sums of other threads round otherwise
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert run(words(data, tiny_qwen, out, eval_data=held_out)) == 0
+    assert run(words(data, tiny_base, out, eval_data=held_out)) == 0
     assert [event["step"] for event in events(out) if event["kind"] == "step"] == [*range(1, NUM_STEPS + 1)]
     assert [event["step"] for event in events(out) if event["kind"] == "eval"] == [0, 2, 4, 6]
     return out

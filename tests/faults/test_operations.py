@@ -33,12 +33,12 @@ def _run(command: list[str], layer: Layer) -> int | None:
 
 @pytest.fixture(scope="module")
 def operations(
-    data: Path, held_out: Path, tiny_qwen: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory
+    data: Path, held_out: Path, tiny_base: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[str, str]]:
     """All operations of the run, in order; counting them changes nothing."""
     out = tmp_path_factory.mktemp("counted") / "out"
     layer = Layer(out.parent)
-    assert _run(words(data, tiny_qwen, out, eval_data=held_out), layer) == 0
+    assert _run(words(data, tiny_base, out, eval_data=held_out), layer) == 0
     assert_same(out, whole)
     kinds = {name for name, _ in layer.log}
     assert {"write", "create", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"} <= kinds
@@ -74,13 +74,13 @@ def test_some(
     operations: list[tuple[str, str]],
     data: Path,
     held_out: Path,
-    tiny_qwen: Path,
+    tiny_base: Path,
     whole: Path,
     tmp_path: Path,
 ) -> None:
     """Every SAMPLE-th operation, and the first ones, when hardly anything is there."""
     numbers = [1, 2, 3, *range(5, len(operations) + 1, SAMPLE * (1 if fault == "kill" else 3))]
-    codes = _hurt_at(numbers, fault, tmp_path, whole, data=data, held_out=held_out, model=tiny_qwen)
+    codes = _hurt_at(numbers, fault, tmp_path, whole, data=data, held_out=held_out, model=tiny_base)
     assert len(codes) >= 6
     # Where only lines of the log fail, a full disk ends nothing.
     assert set(codes) <= ({None} if fault == "kill" else {0, 3})
@@ -96,11 +96,11 @@ def test_every(
     operations: list[tuple[str, str]],
     data: Path,
     held_out: Path,
-    tiny_qwen: Path,
+    tiny_base: Path,
     whole: Path,
     tmp_path: Path,
 ) -> None:
     numbers = list(range(1 + part, len(operations) + 1, PARTS))
-    codes = _hurt_at(numbers, fault, tmp_path, whole, data=data, held_out=held_out, model=tiny_qwen)
+    codes = _hurt_at(numbers, fault, tmp_path, whole, data=data, held_out=held_out, model=tiny_base)
     assert len(codes) == len(numbers) > 30
     assert set(codes) <= ({None} if fault == "kill" else {0, 3})

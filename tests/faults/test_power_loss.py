@@ -117,9 +117,9 @@ def _build(tree: Tree, folder: Path) -> Path:
     return folder
 
 
-def test_a_good_checkpoint_is_always_there(tiny_qwen: Path, tmp_path: Path) -> None:
+def test_a_good_checkpoint_is_always_there(tiny_base: Path, tmp_path: Path) -> None:
     """Before the save ends the one before it at least, afterwards the new one, whatever was still in a cache."""
-    state = make_state(tiny_qwen, steps=1)
+    state = make_state(tiny_base, steps=1)
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
         save(folder, step, state)
@@ -156,9 +156,9 @@ class Forgetful(Recorder):
 
 
 @pytest.mark.parametrize("forgotten", ["files", "folders"])
-def test_it_would_be_seen(forgotten: str, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_it_would_be_seen(forgotten: str, tiny_base: Path, tmp_path: Path) -> None:
     """Without the syncs a save is not durable, and the test above would say so."""
-    state = make_state(tiny_qwen, steps=1)
+    state = make_state(tiny_base, steps=1)
     folder = tmp_path / "checkpoints"
     save(folder, 1, state)
     recorder = Forgetful(folder)

@@ -36,11 +36,11 @@ LONG_STEPS = 60
 
 
 @pytest.fixture
-def start(data: Path, held_out: Path, tiny_qwen: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def start(data: Path, held_out: Path, tiny_base: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start the run in a process of its own."""
 
     def begin(*more: str, out: Path | None = None, limit: Callable[[], None] | None = None, **keys: Any) -> Any:
-        command = words(data, tiny_qwen, out or tmp_path / "out", *more, **{"eval_data": held_out, **keys})
+        command = words(data, tiny_base, out or tmp_path / "out", *more, **{"eval_data": held_out, **keys})
         return subprocess.Popen(
             [sys.executable, "-m", "truetune", *command],
             env={**os.environ, **ENVIRONMENT, "TRUETUNE_CACHE": str(tmp_path / "cache")},
@@ -75,10 +75,10 @@ def _wait_for_steps(process: subprocess.Popen[str], out: Path, count: int = 1) -
 
 
 @pytest.fixture(scope="module")
-def long_whole(data: Path, held_out: Path, tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_whole(data: Path, held_out: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The long run that nobody kills."""
     out = tmp_path_factory.mktemp("long") / "out"
-    command = words(data, tiny_qwen, out, **{"eval_data": held_out, **LONG})
+    command = words(data, tiny_base, out, **{"eval_data": held_out, **LONG})
     subprocess.run(
         [sys.executable, "-m", "truetune", *command], env={**os.environ, **ENVIRONMENT}, check=True, capture_output=True
     )
@@ -171,14 +171,14 @@ def test_signals(
 
 
 def test_two_at_once(
-    data: Path, tiny_qwen: Path, start: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tiny_base: Path, start: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second one is refused, whether it resumes or not, and names the first (F17)."""
     out = tmp_path / "out"
     process = start(**LONG)
     assert _wait_for_steps(process, out)
     for more in ([], ["--resume"]):
-        assert run(words(data, tiny_qwen, out, *more)) == 3
+        assert run(words(data, tiny_base, out, *more)) == 3
         assert (
             f"another process writes into this run: {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
         )
@@ -190,7 +190,7 @@ def test_two_at_once(
     assert "killed" in capsys.readouterr().out
 
 
-def test_the_other_one_was_faster(data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_one_was_faster(data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both found the folder free; while this one loaded its model, the other began (F17)."""
     from truetune import training
 
@@ -202,7 +202,7 @@ def test_the_other_one_was_faster(data: Path, tiny_qwen: Path, tmp_path: Path, m
         return assemble(*rest, **more)
 
     monkeypatch.setattr(training, "assemble", slow)
-    assert run(words(data, tiny_qwen, out)) == 2
+    assert run(words(data, tiny_base, out)) == 2
     assert [path.name for path in out.iterdir()] == ["run.json"]
 
 
@@ -266,12 +266,12 @@ os._exit(run(words))
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 @pytest.mark.parametrize("where", ["begin", "step 1"])
-def test_too_little_memory(where: str, data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_too_little_memory(where: str, data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Too little for what is loaded, or for a step of any size: advice with numbers and exit 3, no traceback (F15).
 
     What the system's killer does is what kill -9 does.
     """
-    command = [sys.executable, "-c", STARVED, where, *words(data, tiny_qwen, tmp_path / "out")]
+    command = [sys.executable, "-c", STARVED, where, *words(data, tiny_base, tmp_path / "out")]
     environment = {**os.environ, **ENVIRONMENT, "TRUETUNE_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 3, done.stderr
@@ -281,7 +281,7 @@ def test_too_little_memory(where: str, data: Path, tiny_qwen: Path, tmp_path: Pa
 
 
 def test_no_network(
-    data: Path, held_out: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, held_out: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is connected to, from the first word to the last (F23)."""
 
@@ -290,7 +290,7 @@ def test_no_network(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert run(words(data, tiny_qwen, tmp_path / "out", eval_data=held_out)) == 0
+    assert run(words(data, tiny_base, tmp_path / "out", eval_data=held_out)) == 0
 
 
 NAMES = ("with space", "甄嬛传", "🚂 run", "n" * 255, "-dash", "a'b\"c", "ends.")
@@ -298,27 +298,27 @@ NAMES = ("with space", "甄嬛传", "🚂 run", "n" * 255, "-dash", "a'b\"c", "e
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_of_folders(
-    name: str, data: Path, held_out: Path, tiny_qwen: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, data: Path, held_out: Path, tiny_base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any name that the system takes (F24), relative, too."""
     monkeypatch.chdir(tmp_path)
     out = Path(f"./{name}")
-    assert run(words(data, tiny_qwen, out, eval_data=held_out)) == 0
+    assert run(words(data, tiny_base, out, eval_data=held_out)) == 0
     assert_same(out.absolute(), whole)
     RunDir(out).write_info(state="running")
-    assert run(words(data, tiny_qwen, out, "--resume", eval_data=held_out)) == 0
+    assert run(words(data, tiny_base, out, "--resume", eval_data=held_out)) == 0
     assert run(["chat", str(out.absolute()), "-m", "Hi", "--max-new-tokens", "2"]) == 0
 
 
-def test_a_linked_folder(data: Path, held_out: Path, tiny_qwen: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_linked_folder(data: Path, held_out: Path, tiny_base: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert run(words(data, tiny_qwen, tmp_path / "link", eval_data=held_out)) == 0
+    assert run(words(data, tiny_base, tmp_path / "link", eval_data=held_out)) == 0
     assert_same(tmp_path / "real", whole)
 
 
-def test_a_name_that_is_too_long(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
-    assert run(words(data, tiny_qwen, tmp_path / ("n" * 256))) == 3
+def test_a_name_that_is_too_long(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert run(words(data, tiny_base, tmp_path / ("n" * 256))) == 3
 
 
 # --- a base that is broken (F11) ---
@@ -350,11 +350,11 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_base(
-    how: str, data: Path, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: str, data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 2, the file named, nothing written."""
     model = tmp_path / "model"
-    shutil.copytree(tiny_qwen, model)
+    shutil.copytree(tiny_base, model)
     BROKEN[how](model)
     assert run(words(data, model, tmp_path / "out")) == 2
     assert "safetensors" in capsys.readouterr().err
@@ -365,15 +365,15 @@ def test_a_broken_base(
 
 
 def test_no_secret_is_written(
-    data: Path, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Canaries of the environment stand in no file and on no screen; pickles are not written either."""
     canaries = {name: f"canary-{name}" for name in ("HF_TOKEN", "SWANLAB_API_KEY", "WANDB_API_KEY", "AWS_SECRET")}
     for name, value in canaries.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
-    assert run(words(data, tiny_qwen, out, report_to="tensorboard")) == 0
-    assert run(words(data, tiny_qwen, out, "--resume")) == 0
+    assert run(words(data, tiny_base, out, report_to="tensorboard")) == 0
+    assert run(words(data, tiny_base, out, "--resume")) == 0
     said = capsys.readouterr()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) > 20
@@ -385,20 +385,20 @@ def test_no_secret_is_written(
 
 @pytest.mark.parametrize("key", ["swanlab_api_key", "hf_token", "wandb_password"])
 def test_secrets_in_a_configuration_are_refused(
-    key: str, data: Path, tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    key: str, data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"{key}: hunter2\n")
-    assert run(words(data, tiny_qwen, tmp_path / "out", "--config", str(path))) == 2
+    assert run(words(data, tiny_base, tmp_path / "out", "--config", str(path))) == 2
     said = capsys.readouterr().err
     assert text("fix.config_secret") in said
     assert "hunter2" not in said
 
 
-def test_lock_of_this_process_is_given_back(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
+def test_lock_of_this_process_is_given_back(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Also where a run fails: the Python API goes on after it."""
     out = tmp_path / "out"
     with RunLock(out):
-        assert run(words(data, tiny_qwen, out)) == 3
-    assert run(words(data, tiny_qwen, out, max_steps=1)) == 0
+        assert run(words(data, tiny_base, out)) == 3
+    assert run(words(data, tiny_base, out, max_steps=1)) == 0
     assert NUM_STEPS > 1

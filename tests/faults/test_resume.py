@@ -22,11 +22,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def command(data: Path, held_out: Path, tiny_qwen: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def command(data: Path, held_out: Path, tiny_base: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The words of the run, into `out`."""
 
     def make(*more: str, **keys: Any) -> list[str]:
-        return words(data, tiny_qwen, tmp_path / "out", *more, **{"eval_data": held_out, **keys})
+        return words(data, tiny_base, tmp_path / "out", *more, **{"eval_data": held_out, **keys})
 
     return make
 
@@ -284,14 +284,14 @@ def test_changes_are_listed_and_refused(
     stopped: Path,
     data: Path,
     held_out: Path,
-    tiny_qwen: Path,
+    tiny_base: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Exit 2, the run untouched; --allow-changed says what is other and goes on, if the weights fit."""
     names, change = CHANGES[what]
-    changed = change(data, tiny_qwen, tmp_path)
-    path, model = changed.pop("data", data), changed.pop("model", tiny_qwen)
+    changed = change(data, tiny_base, tmp_path)
+    path, model = changed.pop("data", data), changed.pop("model", tiny_base)
     words_now = words(path, model, stopped, "--resume", **{"eval_data": held_out, **changed})
     before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
     capsys.readouterr()
@@ -359,15 +359,15 @@ def test_no_checkpoint_yet_begins_at_the_base(command: Callable[..., list[str]],
 
 
 def test_samples_are_taken_again_as_they_were(
-    data: Path, held_out: Path, tiny_qwen: Path, stop_at: Callable[[int], None], tmp_path: Path
+    data: Path, held_out: Path, tiny_base: Path, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
     """Stopped between two samples and resumed: the same answers of base and current model, at the same steps."""
     keys = {"eval_data": held_out, "sample_prompts": "How much is 3 and 4?", "eval_steps": 3}
-    assert run(words(data, tiny_qwen, tmp_path / "whole", **keys)) == 0
+    assert run(words(data, tiny_base, tmp_path / "whole", **keys)) == 0
     stop_at(4)
-    assert run(words(data, tiny_qwen, tmp_path / "resumed", **keys)) == 143
+    assert run(words(data, tiny_base, tmp_path / "resumed", **keys)) == 143
     stop_at(-1)
-    assert run(words(data, tiny_qwen, tmp_path / "resumed", "--resume", **keys)) == 0
+    assert run(words(data, tiny_base, tmp_path / "resumed", "--resume", **keys)) == 0
     assert events(tmp_path / "resumed") == events(tmp_path / "whole")
     samples = [event for event in events(tmp_path / "whole") if event["kind"] == "sample"]
     assert [event["step"] for event in samples] == [0, NUM_STEPS]
@@ -422,6 +422,6 @@ def test_it_ends_when_it_gets_worse(
     assert text("train.stopped_early", step=4, best_step=2) in capsys.readouterr().out
 
 
-def test_best_needs_rows_held_out(data: Path, tiny_qwen: Path, tmp_path: Path) -> None:
-    assert run(words(data, tiny_qwen, tmp_path / "out", result="best", eval_split=0)) == 2
+def test_best_needs_rows_held_out(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert run(words(data, tiny_base, tmp_path / "out", result="best", eval_split=0)) == 2
     assert not (tmp_path / "out").exists()
