@@ -16,8 +16,17 @@ import torch
 from torch.nn import functional as F
 
 from truetune.engine.answers import Answers
-from truetune.engine.score import places_of, score
-from truetune.engine.step import ATTENTIONS, Engine, Forward, build_forward, evaluating, forward_losses
+from truetune.engine.score import places_of
+from truetune.engine.step import (
+    ATTENTIONS,
+    Engine,
+    Forward,
+    build_forward,
+    evaluating,
+    forward_losses,
+    grouped,
+    running,
+)
 from truetune.engine.trie import count_trie_tokens, num_common
 from truetune.records import Pair, Row
 
@@ -301,7 +310,20 @@ def _kl(engine: Engine, answers: Sequence[Answers]) -> float:
     """
     own = dict(pair for some in answers for pair in zip(some.numbers_B, some.pairs, strict=True))
     turned = [replace(own[n], answer_ids=own[(n - 1) % len(own)].answer_ids) for n in range(len(own))]
-    now = [-float(one.losses_A.sum()) for one in score(engine, turned)]
+    now = _log_probs(engine, turned)
     with engine.model.disable_adapter():
-        then = [-float(one.losses_A.sum()) for one in score(engine, turned)]
+        then = _log_probs(engine, turned)
     return max(float(np.mean(np.subtract(now, then))), 0.0)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _log_probs(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+    """Return the log-probability of each pair's answer, without dropout."""
+    found: dict[Pair, float] = {}
+    with evaluating(engine.model), running(engine):
+        for group, forward in grouped(engine, pairs):
+            losses_E = forward_losses(engine, forward).cpu().numpy()
+            found |= {
+                pair: -float(losses_E[at].sum()) for pair, at in zip(group, places_of(forward, group), strict=True)
+            }
+    return [found[pair] for pair in pairs]
