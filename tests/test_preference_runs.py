@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from truetune import loop, report
+from truetune import assembly, loop, report
 from truetune.cli import run
 from truetune.config import LOSSES, load_yaml
 from truetune.engine import preference
@@ -200,3 +200,33 @@ def test_rows_that_do_not_fit_the_loss_are_named(loss: str, tiny_base: Path, tmp
         assert f"{tmp_path / name}:1: {reason}" in said
     assert text("fix.row_no_rejected") in said
     assert run(["check", paths[0], "--model", str(tiny_base)]) == 0
+
+
+def test_memory_that_is_short_halves_forwards_down_to_a_row(
+    data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits is taken, with its event; where not even a row fits, the run ends and does not try for ever."""
+    take, limit = loop.train_step, [100]
+
+    def hungry(engine: Any, forwards: Any, **more: Any) -> Any:
+        if max(forward.num_tokens for forward in forwards) > limit[0]:
+            raise MemoryError
+        return take(engine, forwards, **more)
+
+    monkeypatch.setattr(loop, "train_step", hungry)
+    line = words(data, tiny_base, tmp_path / "out", "dpo")
+    line[line.index("64")] = "1024"
+    assert run([*line, "--max-steps", "1"]) == 0
+    assert [event["max_tokens"] for event in told(tmp_path / "out", "memory")][-1] <= 100
+    limit[0] = 3
+    line[line.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert run(line) == 3
+
+
+def test_answers_that_would_be_scaled_apart_are_refused(
+    data: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A model that scales positions by the longest pair of a forward, and rows on both sides of its threshold."""
+    monkeypatch.setattr(assembly, "scaled_from", lambda _: 8)
+    assert run(words(data, tiny_base, tmp_path / "out", "dpo")) == 2
+    assert text("fix.preference_scaled", limit=8) in capsys.readouterr().err
