@@ -97,7 +97,8 @@ def formats_page() -> str:
         "`reasoning_content`, `tool_calls`, and `train`, `loss` or `weight` (false or 0: the turn is read, not\n"
         "learned). After an optional system turn, user and assistant take turns; behind an assistant's `tool_calls`\n"
         "come the results, as turns of the role tool. `tools` is a list of JSON schemas, or its JSON text. Of a\n"
-        "preference pair the chosen answer is learned.\n\n"
+        "preference pair the chosen answer is learned; with `loss: dpo` and its kin both are compared\n"
+        "([preferences.md](preferences.md)).\n\n"
         "Other keys of a row are counted and shown, not used. A row that cannot be trained is refused with file,\n"
         "line, reason and fix; nothing is dropped, cut or merged silently.\n"
     )

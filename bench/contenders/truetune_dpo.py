@@ -34,6 +34,7 @@ def words(job: Job, data: Path, output: Path) -> list[str]:
         "lr-scheduler-type": "linear",
         "warmup-ratio": 0,
         "eval-split": 0,
+        "sample-prompts": "none",
         "seed": job.seed,
     }
     return ["train", str(data), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]

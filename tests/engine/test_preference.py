@@ -275,9 +275,9 @@ def test_planted_faults_are_seen(plant: Callable[..., None], names: set[str], mo
 
 
 @pytest.fixture(scope="module")
-def qwen(tiny_qwen: Path) -> Engine:
+def qwen(tiny_base: Path) -> Engine:
     """The tiny Qwen3 with moved LoRA and dropout off."""
-    base = load_base(Base(str(tiny_qwen), tiny_qwen, ""), "float32")
+    base = load_base(Base(str(tiny_base), tiny_base, ""), "float32")
     model = add_lora(base, r=4, alpha=8, dropout=0.0, targets=["all-linear"], seed=0)
     preference_case.fill_lora(model)
     return Engine(model.train(), "plain", 0, 1 << 40)

@@ -36,7 +36,7 @@ KEYS = (
         "template",
     ),
     *("chat_template_kwargs", "train_on", "max_length", "overlong", "invalid", "batch_size", "num_train_epochs"),
-    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+    *("loss", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
     # What changes time and memory.
     *("finetuning", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
     *("dtype", "attention", "gradient_checkpointing"),

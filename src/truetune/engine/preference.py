@@ -18,8 +18,17 @@ from torch.nn import functional as F
 from truetune.engine.answers import Answers
 from truetune.engine.deal import cut
 from truetune.engine.objective import WHOLE, Share, Total
-from truetune.engine.score import places_of, score
-from truetune.engine.step import ATTENTIONS, Engine, Forward, build_forward, evaluating, forward_losses
+from truetune.engine.score import places_of
+from truetune.engine.step import (
+    ATTENTIONS,
+    Engine,
+    Forward,
+    build_forward,
+    evaluating,
+    forward_losses,
+    grouped,
+    running,
+)
 from truetune.engine.trie import count_trie_tokens, num_common
 from truetune.records import Pair, Row
 
@@ -335,7 +344,20 @@ def _turned(answers: Sequence[Pair]) -> list[Pair]:
 
 def _ratios(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
     """Return the log-probability of each answer above the reference's, without dropout."""
-    now = [-float(one.losses_A.sum()) for one in score(engine, pairs)]
+    now = _log_probs(engine, pairs)
     with engine.model.disable_adapter():
-        then = [-float(one.losses_A.sum()) for one in score(engine, pairs)]
+        then = _log_probs(engine, pairs)
     return [a - b for a, b in zip(now, then, strict=True)]
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _log_probs(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+    """Return the log-probability of each pair's answer, without dropout."""
+    found: dict[Pair, float] = {}
+    with evaluating(engine.model), running(engine):
+        for group, forward in grouped(engine, pairs):
+            losses_E = forward_losses(engine, forward).cpu().numpy()
+            found |= {
+                pair: -float(losses_E[at].sum()) for pair, at in zip(group, places_of(forward, group), strict=True)
+            }
+    return [found[pair] for pair in pairs]
