@@ -20,8 +20,14 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
-    "messages": {f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
-    **{f"messages.{lang}{part}": set() for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio")},
+    "messages": {
+        f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio", "_tune")
+    },
+    **{
+        f"messages.{lang}{part}": set()
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_report", "_studio", "_tune")
+    },
     "errors": {"messages"},
     "records": set(),
     "config": {"errors"},
@@ -112,6 +118,13 @@ MAY_IMPORT: dict[str, set[str]] = {
             "preflight",
             "report",
         )
+    },
+    "search": {"config"},
+    "tunedir": {"disk", "errors", "lock", "search"},
+    "tune_report": {"config", "console", "disk", "messages", "search", "templates", "tunedir"},
+    "tuning": {
+        *("assembly", "checkpoint", "config", "console", "disk", "engine.*", "errors", "evaluate", "lock", "measure"),
+        *("preflight", "records", "rundir", "search", "signals", "tune_report", "tunedir"),
     },
     "source": {
         *("errors", "records", "rundir", "data.store", "data.template", "model", "checkpoint", "identity"),

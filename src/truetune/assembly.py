@@ -23,7 +23,7 @@ from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
 from truetune.loop import Event, Loop, Plan
-from truetune.model import Base, add_lora, choose_dtype, count_parameters, load_base, pad_id
+from truetune.model import add_lora, choose_dtype, count_parameters, load_base, pad_id
 from truetune.preflight import Preflight
 from truetune.records import Row, pairs_of
 from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
@@ -62,11 +62,18 @@ class Assembly:
 
 
 def assemble(
-    settings: Settings, flight: Preflight, *, folder: Path, console: Console, is_begun: bool = False
+    settings: Settings,
+    flight: Preflight,
+    *,
+    folder: Path,
+    console: Console,
+    is_begun: bool = False,
+    bare_model: Any = None,
 ) -> Assembly:
     """Load the model and put the loop together. `folder`: the run's, where trackers may write.
 
     `is_begun`: the run goes on, so that how it computes was compared when it began, and stands in `settings`.
+    `bare_model`: the base without LoRA, where it is loaded already.
 
     Raises: UserError if the weights or the LoRA targets do not fit.
     """
@@ -78,13 +85,9 @@ def assemble(
         raise UserError("accelerate_settings", where="ACCELERATE_*", fix="accelerate_settings")
     if accelerator.num_processes > 1:
         raise UserError("several_devices", where="accelerate", fix="several_devices", n=accelerator.num_processes)
-    dtype, reason = choose_dtype(config.dtype)
-    require_memory(
-        flight.base.folder, name=flight.base.title, dtype=dtype, free_bytes=psutil.virtual_memory().available
-    )
-    with console.status("status.load", name=flight.base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = accelerator.prepare(_load(flight.base, config, dtype))
-    settings = settings.with_chosen(dtype=dtype)
+    if bare_model is None:
+        settings, bare_model = load_bare(settings, flight, console=console)
+    model = accelerator.prepare(_with_lora(bare_model, config))
     engine, settings, events = _engine(settings, flight, model, console, is_begun=is_begun)
     settings, held_out = _choose(settings, flight)
     config = settings.config
@@ -95,6 +98,18 @@ def assemble(
     state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
     sampler = _sampler(config, flight, model, held_out)
     return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, sampler, held_out, events)
+
+
+def load_bare(settings: Settings, flight: Preflight, *, console: Console) -> tuple[Settings, Any]:
+    """Load the base without LoRA; return it behind the settings with its dtype.
+
+    Raises: MachineError if it does not fit into memory; UserError if the weights do not fit the configuration.
+    """
+    base = flight.base
+    dtype, reason = choose_dtype(settings.config.dtype)
+    require_memory(base.folder, name=base.title, dtype=dtype, free_bytes=psutil.virtual_memory().available)
+    with console.status("status.load", name=base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
+        return settings.with_chosen(dtype=dtype), load_base(base, dtype)
 
 
 def _engine(
@@ -167,9 +182,9 @@ def _events(choice: Choice, limits: Limits | None) -> Iterator[Event]:
         yield {"kind": "memory", **asdict(limits)}
 
 
-def _load(base: Base, config: Config, dtype: str) -> Any:
+def _with_lora(bare_model: Any, config: Config) -> Any:
     return add_lora(
-        load_base(base, dtype),
+        bare_model,
         r=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -248,13 +263,18 @@ def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_
     """Print what is trained, and every value that is not the default with its origin."""
     trainable, total = count_parameters(model)
     console.say("train.parameters", trainable=trainable, total=total, share=trainable / total)
+    show_values(settings, console)
+    used, total_held_out = num_held_out
+    if used < total_held_out:
+        console.say("train.fewer_held_out", used=used, total=total_held_out)
+
+
+def show_values(settings: Settings, console: Console) -> None:
+    """Print every value that is not the default, with its origin."""
     values, defaults = settings.config.model_dump(), Config().model_dump()
     for key, origin in settings.origins.items():
         if values[key] != defaults[key]:
             console.say("train.choice", name=key, value=values[key], origin=origin)
-    used, total_held_out = num_held_out
-    if used < total_held_out:
-        console.say("train.fewer_held_out", used=used, total=total_held_out)
 
 
 def identity_of(config: Config, flight: Preflight) -> dict[str, str]:

@@ -154,6 +154,10 @@ class Settings:
         origins = {**self.origins, **dict.fromkeys(chosen, "auto"), **{name: self.origins[name] for name in asked}}
         return Settings(self.config.model_copy(update=chosen), origins)
 
+    def replaced(self, **values: Any) -> Settings:
+        """Return the settings with other values; where the others came from stays."""
+        return Settings(self.config.model_copy(update=values), self.origins)
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice and remembers the line of each top-level key."""
