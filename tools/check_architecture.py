@@ -21,12 +21,14 @@ MAX_FILE_LINES, MAX_BODY_LINES, MAX_PARAMETERS, MAX_POSITIONAL = 400, 60, 6, 2
 # What each module may import from the package: the layers, bottom up. "x.*" means every module below x.
 MAY_IMPORT: dict[str, set[str]] = {
     "messages": {
-        f"messages.{lang}{part}" for lang in ("en", "zh") for part in ("", "_faults", "_report", "_studio", "_tune")
+        f"messages.{lang}{part}"
+        for lang in ("en", "zh")
+        for part in ("", "_faults", "_report", "_stream", "_studio", "_tune")
     },
     **{
         f"messages.{lang}{part}": set()
         for lang in ("en", "zh")
-        for part in ("", "_faults", "_report", "_studio", "_tune")
+        for part in ("", "_faults", "_report", "_stream", "_studio", "_tune")
     },
     "errors": {"messages"},
     "records": set(),
@@ -34,12 +36,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "console": {"records", "messages"},
     "disk": {"errors"},
     "lock": {"disk", "errors"},
-    "rundir": {"disk", "errors", "lock"},
+    "rundir": {"disk", "errors", "lock", "records"},
     "signals": set(),
     "data": set(),
-    "data.json_rows": {"errors", "records"},
+    "data.mark": set(),
+    "data.json_rows": {"errors", "records", "data.mark"},
     "data.dataset_info": {"errors"},
-    "data.sources": {"errors", "records", "hub", "data.dataset_info", "data.json_rows"},
+    "data.sources": {"errors", "records", "hub", "data.dataset_info", "data.json_rows", "data.mark"},
+    "data.stream": {"errors", "records", "data.batches", "data.mark", "data.sources"},
+    "data.feed": {"errors", "records", "data.batches", "data.crew", "data.store", "data.stream"},
+    "data.head": {"config", "messages", "data.*"},
     "data.turns": {"errors", "records", "data.json_rows"},
     "data.formats": {"records", "data.turns"},
     "data.encode": set(),
@@ -116,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "diagnosis",
             "output",
             "preflight",
+            "records",
             "report",
         )
     },

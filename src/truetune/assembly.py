@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,9 @@ def assemble(
     optimizer, scheduler = _optimizer(model, config, num_steps=flight.prepared.report.steps)
     console.say("train.rates", **_rates(scheduler, flight.prepared.report.steps))
     loop = Loop(engine, optimizer, scheduler, _plan(config, flight), accelerator.backward)
-    state = State(model, optimizer, scheduler, identity_of(config, flight), flight.base.reference())
+    state = State(
+        model, optimizer, scheduler, identity_of(config, flight), flight.base.reference(), flight.prepared.feed
+    )
     sampler = _sampler(config, flight, model, held_out)
     return Assembly(settings, accelerator, loop, loss_evaluator(engine, held_out), state, sampler, held_out, events)
 
@@ -128,7 +131,7 @@ def _engine(
         with console.status("status.measure"):
             engine, limits = choose_limits(
                 choice.engine,
-                list(_telling_rows(flight)),
+                list(_telling_rows(flight, config.max_length)),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
             )
@@ -142,12 +145,24 @@ def _engine(
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
 
 
-def _telling_rows(flight: Preflight) -> Iterator[Row]:
+def _stretched(row: Row, num_tokens: int) -> Row:
+    """Return a row of one pair of so many tokens, those of `row` over and over."""
+    pair = row.pairs[0]
+    ids = pair.prompt_ids + pair.answer_ids
+    answer = pair.answer_ids[: num_tokens - 1]
+    prompt = tuple(islice(cycle(ids), num_tokens - len(answer)))
+    return replace(row, pairs=(replace(pair, prompt_ids=prompt, answer_ids=answer),), rejected=())
+
+
+def _telling_rows(flight: Preflight, max_length: int) -> Iterator[Row]:
     """Yield what the governor has to see of the rows: the longest of each side, and some to measure."""
     prepared = flight.prepared
     for side in (prepared.train, prepared.held_out):
         if len(side):
             yield side[int(side.longest_pairs().argmax())]
+    if prepared.feed is not None:
+        # Of a stream nobody knows the longest pair; it may be this long.
+        yield _stretched(prepared.train[0], max_length)
     yield from prepared.train[:MAX_MEASURED_ROWS]
 
 
@@ -225,6 +240,7 @@ def _plan(config: Config, flight: Preflight) -> Plan:
         eval_steps=int(config.eval_steps),
         save_steps=int(config.save_steps),
         mix=flight.prepared.mix,
+        is_streamed=config.streaming,
     )
 
 
@@ -233,7 +249,9 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     config, prepared = settings.config, flight.prepared
     steps = prepared.report.steps
     num_rows = len(prepared.train) if prepared.mix is None else len(prepared.mix)
-    num_trained_rows = min(steps * config.rows_per_step, int(num_rows * config.num_train_epochs + 1))
+    num_trained_rows = steps * config.rows_per_step
+    if not config.streaming:
+        num_trained_rows = min(num_trained_rows, int(num_rows * config.num_train_epochs + 1))
     held_out = list(prepared.held_out if config.eval_data else limit_rows(prepared.held_out, num_trained_rows))
     chosen: dict[str, Any] = {}
     if config.eval_steps == "auto":

@@ -112,6 +112,7 @@ class Subject:
     events: Sequence[dict[str, Any]]
     step: int
     seed: int
+    num_rows: int | None = None
 
 
 def make_card(
@@ -136,7 +137,7 @@ def make_card(
         name=subject.name,
         model=subject.model,
         data=subject.data,
-        num_rows=len(trained),
+        num_rows=len(trained) if subject.num_rows is None else subject.num_rows,
         num_epochs=steps[-1]["epoch"],
         num_learned_tokens=sum(event["learned_tokens"] for event in steps),
         num_steps=steps[-1]["step"],

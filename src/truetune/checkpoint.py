@@ -43,7 +43,7 @@ SHAPING = {"base", "config.lora_r", "config.target_modules"}
 class State:
     """What a checkpoint holds: `identity` says what the run was (data, base, template, every key that matters).
 
-    `base`: where the base is, see Base.reference.
+    `base`: where the base is, see Base.reference. `feed`: where streamed rows come from, see data.feed.
     """
 
     model: Any
@@ -51,6 +51,7 @@ class State:
     scheduler: Any
     identity: Mapping[str, str]
     base: Mapping[str, str]
+    feed: Any = None
 
     @property
     def num_bytes(self) -> int:
@@ -96,6 +97,8 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
         write_extra(staging)
         save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
         values = {"step": step, "scheduler": state.scheduler.state_dict()}
+        if state.feed is not None:
+            values["stream"] = state.feed.position_at(step)
         (staging / TRAINER_STATE).write_text(to_json(values), encoding="utf-8")
     return target
 
@@ -215,12 +218,14 @@ def load_weights(folder: Path, model: Any) -> None:
 
 
 def load(folder: Path, state: State) -> int:
-    """Put a checkpoint into the model, optimizer and scheduler of `state`; return its step.
+    """Put a checkpoint into the model, optimizer, scheduler and feed of `state`; return its step.
 
     Learning rate and weight decay are those of `state`, at the checkpoint's step; if nothing changed, the same bits.
     """
     load_weights(folder, state.model)
     values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    if state.feed is not None:
+        state.feed.go_to(values["stream"])
     scheduler = state.scheduler
     at = values["scheduler"]["last_epoch"]
     rates = [rate * factor(at) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

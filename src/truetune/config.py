@@ -99,6 +99,8 @@ class Config(BaseModel):
     max_length: PositiveInt = 2048
     overlong: Literal["refuse", "cut_prompt"] = "refuse"
     invalid: Literal["refuse", "skip"] = "refuse"
+    streaming: bool = False
+    shuffle_rows: PositiveInt = 10_000
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = None
@@ -256,6 +258,21 @@ def _contradictions(config: Config, origins: Mapping[str, str]) -> list[UserErro
         )
     if config.eval_data and "eval_split" in origins and config.eval_split > 0:
         faults.append(UserError("config_eval_twice", where=origins["eval_split"], fix="config_eval_twice"))
+    if config.streaming:
+        faults += _stream_faults(config, origins)
+    return faults
+
+
+def _stream_faults(config: Config, origins: Mapping[str, str]) -> list[UserError]:
+    """Return a fault for each key that means nothing where rows are streamed, or is lacking there."""
+    default = Config()
+    faults = [
+        UserError("stream_key", where=origins[name], fix="stream_key", name=name)
+        for name in ("data_weights", "num_train_epochs")
+        if name in origins and getattr(config, name) != getattr(default, name)
+    ]
+    if config.max_steps is None:
+        faults.append(UserError("stream_max_steps", where=origins["streaming"], fix="stream_max_steps"))
     return faults
 
 

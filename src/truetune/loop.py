@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError, out_of_memory
-from truetune.records import Row, pairs_of
+from truetune.records import Row, RowStream, pairs_of
 
 Event = dict[str, Any]
 """One line of events.jsonl: `kind` and what belongs to it."""
@@ -27,7 +28,8 @@ Event = dict[str, Any]
 class Plan:
     """The numbers of a run that the loop needs. All steps are optimizer steps.
 
-    `max_skipped`: steps of the run whose loss or gradient may be not finite; they change nothing.
+    `max_skipped`: steps of the run whose loss or gradient may be not finite; they change nothing. `is_streamed`: rows
+    are told by their places, too, since a number alone leads to nothing that is kept.
     """
 
     num_steps: int
@@ -38,6 +40,7 @@ class Plan:
     save_steps: int
     mix: Mix | None = None
     max_skipped: int = 0
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Loop:
 
     def run(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row] | RowStream,
         *,
         start: int = 0,
         evaluate: Callable[[], float | None] = lambda: None,
@@ -96,18 +99,17 @@ class Loop:
             if is_stopped or (is_saved and should_stop()):
                 return
 
-    def _batches(self, rows: Sequence[Row], start: int) -> Iterator[Batch]:
+    def _batches(self, rows: Sequence[Row] | RowStream, start: int) -> Iterator[Batch]:
         """Yield the batches from step `start` + 1 on; while one is computed, a thread builds the next one's tries."""
         plan = self.plan
-        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start, mix=plan.mix)
+        order = _rows_of_steps(rows, plan, start)
 
         def build(step: int) -> Batch:
-            epoch, numbers = next(order)
-            chosen = [rows[number] for number in numbers]
+            epoch, chosen = next(order)
             pairs = pairs_of(chosen)
             return Batch(step, epoch, chosen, make_forwards(self.engine, pairs), count_trie_tokens(pairs))
 
-        with ThreadPoolExecutor(max_workers=1) as builder:
+        with closing(order), ThreadPoolExecutor(max_workers=1) as builder:
             following = builder.submit(build, start + 1)
             for step in range(start + 1, plan.num_steps + 1):
                 batch = following.result()
@@ -132,7 +134,9 @@ class Loop:
             yield {"kind": "memory", "step": step, "max_tokens": self.engine.max_tokens}
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = self._clipped(step, rows, result.loss)
-        told = {"step": step, "row_ids": [row.index for row in rows]}
+        told: Event = {"step": step, "row_ids": [row.index for row in rows]}
+        if self.plan.is_streamed:
+            told["row_places"] = [row.where for row in rows]
         if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
             self._skip()
             yield {"kind": "skipped", **told, "loss": str(result.loss), "grad_norm": str(grad_norm)}
@@ -199,6 +203,17 @@ class Loop:
             # torch warns if the first step of all is skipped.
             warnings.simplefilter("ignore", UserWarning)
             self.scheduler.step()
+
+
+def _rows_of_steps(
+    rows: Sequence[Row] | RowStream, plan: Plan, start: int
+) -> Generator[tuple[float, Sequence[Row]], None, None]:
+    """Yield (epochs done, rows) of each step after `start`."""
+    if isinstance(rows, RowStream):
+        yield from rows.steps(start, batch_size=plan.batch_size)
+        return
+    for epoch, numbers in batches(len(rows), plan.batch_size, seed=plan.seed, start=start, mix=plan.mix):
+        yield epoch, [rows[number] for number in numbers]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

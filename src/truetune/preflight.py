@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from truetune.config import Config
 from truetune.console import Console
+from truetune.data.head import prepare_stream
 from truetune.data.prepare import Prepared, prepare
 from truetune.data.template import Renderer, build_renderer
 from truetune.errors import UserError
@@ -50,7 +51,8 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
             date=date,
         )
     with console.counting("status.rows") as count:
-        prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
+        prepare_rows = prepare_stream if config.streaming else prepare
+        prepared = prepare_rows(config, renderer, lang=console.lang, on_progress=count)
     _check_ids(base, prepared)
     return Preflight(base, renderer, prepared)
 
@@ -63,6 +65,8 @@ def _check_ids(base: Base, prepared: Prepared) -> None:
     num_rows, highest = num_embeddings(base.folder), prepared.train.highest_id()
     if num_rows is not None and highest >= num_rows:
         raise UserError("tokenizer_too_large", where=base.title, fix="tokenizer_too_large", id=highest, rows=num_rows)
+    if prepared.feed is not None:
+        prepared.feed.num_ids = num_rows
 
 
 def report_lines(report: Report, lang: str) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import chain
@@ -15,8 +16,9 @@ from truetune.console import Console
 from truetune.diagnosis import diagnose
 from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
 from truetune.lock import RunLock, refuse_locked
-from truetune.output import Saver, record, recorded_state, write_start
+from truetune.output import Saver, keep_refused, record, recorded_state, write_start
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
+from truetune.records import Row
 from truetune.rundir import Run, RunDir, next_run_path, open_output, outcome
 from truetune.signals import StopFlag
 from truetune.teller import Teller
@@ -123,6 +125,13 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     events = list(run.read_events())
     watch.replay(events)
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
+    if flight.prepared.feed is not None:
+        keep_refused(
+            run,
+            flight.prepared.feed,
+            lang=console.lang,
+            tell=lambda count: console.say("train.stream_refused", count=count, path=run.refused),
+        )
     saver = Saver(run, assembly.state, flight, config.save_total_limit)
     if start < assembly.loop.plan.num_steps:
         saver.rehearse()
@@ -146,14 +155,19 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         return
     checkpoint.load_weights(run.adapter, model)
     config = assembly.settings.config
+    feed, num_rows = flight.prepared.feed, None
+    trained: Sequence[Row] = flight.prepared.train
+    if feed is not None:
+        num_rows = sum(event["rows"] for event in events if event["kind"] == "step")
+        trained = feed.first(num_rows, batch_size=config.rows_per_step)
     subject = Subject(
-        run.path.name, flight.base.title, config.data, events, step=run.adapter_step or 0, seed=config.seed
+        run.path.name, flight.base.title, config.data, events, run.adapter_step or 0, config.seed, num_rows
     )
     card = make_card(
         assembly.loop.engine,
         flight.renderer,
         subject=subject,
-        trained=flight.prepared.train,
+        trained=trained,
         held_out=flight.prepared.held_out,
     )
     findings = [asdict(finding) for finding in diagnose(card)]
@@ -180,7 +194,7 @@ def _take_steps(
             for event in assembly.sampler.begin() if start == 0 else ():
                 teller.tell(event)
             for event in loop.run(
-                saver.flight.prepared.train,
+                saver.flight.prepared.to_train,
                 start=start,
                 evaluate=assembly.evaluate,
                 save=save,
@@ -190,7 +204,7 @@ def _take_steps(
                 step = event["step"] if event["kind"] in TAKEN else step
                 for one in chain((event,), watch.see(event), assembly.sampler.see(event)):
                     teller.tell(one)
-        except (NumericsError, MachineError):
+        except (NumericsError, MachineError, UserError):
             # The weights are still those of the last step: nothing of it need be lost.
             if step > saved:
                 with suppress(TruetuneError, OSError):

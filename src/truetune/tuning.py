@@ -83,6 +83,8 @@ def tune(settings: Settings, console: Console, *, options: Options = Options(), 
     NumericsError if no trial came to its end; Stopped if a signal came, with all trials that ended saved.
     """
     config = settings.config
+    if config.streaming:
+        raise UserError("tune_stream", where=settings.origins["streaming"], fix="tune_stream")
     path = _path_of(settings, resume=resume)
     refuse_locked(path)
     disk.require_writable(path)

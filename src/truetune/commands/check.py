@@ -54,7 +54,8 @@ def command(lang: str) -> click.Command:
         **values: Any,
     ) -> int:
         json_file, html_file, store = (values.pop(name) for name in ("json_file", "html_file", "store"))
-        settings = resolve(given(values, data), Path(config_file) if config_file else None)
+        # Every row is checked here, also of what will be streamed.
+        settings = resolve(given(values, data), Path(config_file) if config_file else None).replaced(streaming=False)
         from truetune.console import Console
         from truetune.preflight import preflight, require_usable, show_refused, show_report
 

@@ -66,6 +66,8 @@ def make_report(
 
 def num_steps(config: Config, num_rows: int) -> int:
     """Return the optimizer steps of a run: the last, smaller batch of an epoch is kept."""
+    if config.streaming and config.max_steps:
+        return config.max_steps
     per_epoch = -(-num_rows // config.rows_per_step)
     # Rounded before it is rounded up: 100 x 1.1 is 110.00000000000001.
     total = math.ceil(round(per_epoch * config.num_train_epochs, 6))
