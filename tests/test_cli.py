@@ -181,6 +181,8 @@ VALUES = {
     "train_on": "last_turn",
     "max_length": "99",
     "invalid": "skip",
+    "streaming": "true",
+    "shuffle_rows": "50",
     "batch_size": "5",
     "per_device_train_batch_size": "5",
     "gradient_accumulation_steps": "5",
@@ -214,6 +216,10 @@ VALUES = {
 }
 
 
+NEEDS = {"streaming": {"max_steps": "7"}}
+"""Keys that mean nothing without others."""
+
+
 def test_the_table_of_values_holds_every_key() -> None:
     assert set(VALUES) == set(Config.model_fields) - {"data", "lang"}
 
@@ -223,6 +229,8 @@ def test_the_table_of_values_holds_every_key() -> None:
 def test_every_flag_reaches_the_configuration(key: str, form: str, trained: list[Any]) -> None:
     flag, value = "--" + key.replace("_", "-"), VALUES[key]
     words = [f"{flag}={value}"] if form == "one word" or value.startswith("-") else [flag, value]
+    needed = NEEDS.get(key, {})
+    words += [f"--{name.replace('_', '-')}={other}" for name, other in needed.items()]
     assert run(["train", "d.json", *words]) == 0
     settings = trained[0][0]
     # Two keys of Trainer's are another way to say how many rows a step has.
@@ -230,7 +238,7 @@ def test_every_flag_reaches_the_configuration(key: str, form: str, trained: list
     assert settings.origins[target] == flag
     assert getattr(settings.config, target) != Config.model_fields[target].get_default(call_default_factory=True)
     changed = {name for name, origin in settings.origins.items() if origin != "default"}
-    assert changed == {target, "data"}
+    assert changed == {target, "data", *needed}
 
 
 def test_underscores_are_dashes(trained: list[Any]) -> None:
