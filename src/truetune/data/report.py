@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -91,8 +92,8 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     """Count common prefixes once in each step of the first epoch, and in the held-out rows."""
     train, held_out = sides
     steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0, mix=mix)
-    batches = [train.chosen(train.numbers[step]) for step in steps] + [held_out]
-    return sum(count_prefixes(batch.sequences()) for batch in batches)
+    batches = (train.chosen(train.numbers[step]) for step in steps)
+    return sum(count_prefixes(batch.sequences()) for batch in chain(batches, [held_out]))
 
 
 def _notes(renderer: Renderer, tally: Tally, lang: str) -> Iterator[str]:
