@@ -1,4 +1,4 @@
-"""Rows of a file on their way to the loop, streamed or prepared first: when the first step has its rows, and all have."""
+"""Rows of a file on their way to the loop, streamed or prepared first: when the first step has its rows, and all.
 
 python -m bench.contenders.streaming PATH TOKENIZER streamed|prepared
 """
