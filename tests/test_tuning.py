@@ -27,8 +27,6 @@ from truetune.search import Trial
 from truetune.signals import StopFlag
 from truetune.tunedir import TuneDir
 
-pytestmark = pytest.mark.slow
-
 NUM_TRIALS, NUM_STEPS = 5, 4
 KEYS = ("--batch-size", "4", "--dtype", "float32", "--learning-rate", "3e-3", "--ranks", "2,4", "--lora-dropout", "0.1")
 
@@ -80,6 +78,7 @@ def alone(whole: Path, trial: Trial) -> Trial | None:
     return tuning.take_trial(search_of(whole), proposal, number=trial.number, stop=StopFlag())
 
 
+@pytest.mark.slow
 def test_each_trial_alone_is_the_same_to_the_bit(whole: Path) -> None:
     """Nothing is left of the trials before: weights, moments, dropout, order."""
     trials = TuneDir(whole).read_trials()
@@ -94,6 +93,7 @@ def test_each_trial_alone_is_the_same_to_the_bit(whole: Path) -> None:
     assert len({evaluations[0] for evaluations in losses}) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_without_hope_ends_at_an_evaluation(whole: Path) -> None:
     """It counts up to where it was given up, and leaves nothing behind for the next one."""
     search, trials = search_of(whole), TuneDir(whole).read_trials()
@@ -108,6 +108,7 @@ def test_a_trial_without_hope_ends_at_an_evaluation(whole: Path) -> None:
     assert after.evaluations == trials[1].evaluations
 
 
+@pytest.mark.slow
 def test_train_gives_what_the_trial_promised(whole: Path, place: Path, tmp_path: Path) -> None:
     """best.yaml, with the trial's number of steps, comes to the trial's held-out loss at every evaluation."""
     best = min(TuneDir(whole).read_trials(), key=lambda trial: trial.loss or 9e9)
@@ -121,6 +122,7 @@ def test_train_gives_what_the_trial_promised(whole: Path, place: Path, tmp_path:
     assert losses[NUM_STEPS] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_first_trial_is_as_given_and_the_end_is_never_worse(whole: Path) -> None:
     trials = TuneDir(whole).read_trials()
     assert trials[0].values == {"learning_rate": 3e-3, "lora_r": 16, "lora_alpha": 32}
@@ -142,6 +144,7 @@ def test_a_trial_that_goes_on_with_another_ones_weights_is_noticed(
     assert told(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_what_a_kill_cut_is_taken_again(whole: Path, place: Path, tmp_path: Path) -> None:
     """After any number of lines, and inside one, the search goes on to the same trials; finished ones are not taken."""
     lines = (whole / "trials.jsonl").read_bytes()
@@ -159,6 +162,7 @@ def test_what_a_kill_cut_is_taken_again(whole: Path, place: Path, tmp_path: Path
         assert resolve({}, out / "best.yaml").config == resolve({}, whole / "best.yaml").config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_in_a_trial_and_resumed(number: int, whole: Path, place: Path, tmp_path: Path) -> None:
     """A real process is killed, or asked to stop, at a moment of chance; what ended is there, and the rest follows."""
@@ -184,6 +188,7 @@ def test_stopped_in_a_trial_and_resumed(number: int, whole: Path, place: Path, t
     assert told(out)[:NUM_TRIALS] == told(whole)
 
 
+@pytest.mark.slow
 def test_a_changed_search_does_not_go_on(whole: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "trials.jsonl").read_bytes()
     for more in (["--batch-size", "3"], ["--ranks", "2,8"], ["--warmup-ratio", "0.5"]):
@@ -194,6 +199,7 @@ def test_a_changed_search_does_not_go_on(whole: Path, place: Path, capsys: pytes
     assert (whole / "trials.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_trials_that_blow_up_fail_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is not finite is that trial's end; the next one begins at the base again."""
     real = tuning.Proposal
@@ -214,6 +220,7 @@ def test_trials_that_blow_up_fail_alone(place: Path, tmp_path: Path, monkeypatch
     assert second["evaluations"][0] == first["evaluations"][0]
 
 
+@pytest.mark.slow
 def test_nothing_that_ends_is_a_fault(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words(place, tmp_path / "out", "--trials", "1", "--learning-rate", "1e30", "--lang", "zh")) == 4
     assert "没有一次试验训练到头" in capsys.readouterr().err
@@ -221,6 +228,7 @@ def test_nothing_that_ends_is_a_fault(place: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "out" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_search_fits_its_time(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words(place, tmp_path / "out", "--timeout-s", "0.01", "--trials", "3")) == 0
     said = capsys.readouterr().out
@@ -229,6 +237,7 @@ def test_the_search_fits_its_time(place: Path, tmp_path: Path, capsys: pytest.Ca
     assert len(told(tmp_path / "out")) == 1
 
 
+@pytest.mark.slow
 def test_rows_must_be_held_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["tune", str(place / "held.json"), "--model", str(place / "base"), "--output-dir", str(tmp_path / "out")]
     assert run(few) == 2
@@ -236,6 +245,7 @@ def test_rows_must_be_held_out(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_example_runs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = examples_folder()
     monkeypatch.chdir(examples.parent)

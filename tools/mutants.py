@@ -655,4 +655,41 @@ MUTANTS = (
         "t=new Map; export",
         "tests/studio/test_static.py",
     ),
+    Mutant(
+        "tune: a trial goes on with what another one learned",
+        "tuning.py",
+        """    finally:
+        assembly.loop.engine.model.unload()""",
+        """    finally:
+        assembly.loop.engine.model.merge_and_unload()""",
+        "tests/test_tuning.py",
+    ),
+    Mutant(
+        "tune: what comes next depends on chance, not on the trials so far",
+        "search.py",
+        "seed=seed + len(trials)",
+        "seed=None",
+        "tests/test_search.py",
+    ),
+    Mutant(
+        "streaming: a position forgets which rows of its block are used",
+        "data/feed.py",
+        "(block.following, 0) if is_used_up else (block.place, used)",
+        "(block.following, 0) if is_used_up else (block.place, 0)",
+        "tests/data/test_feed.py",
+    ),
+    Mutant(
+        "streaming: held-out prompts are trained where they stand again",
+        "data/feed.py",
+        "numbers = rows.numbers[~is_apart]",
+        "numbers = rows.numbers",
+        "tests/data/test_feed.py tests/data/test_head.py",
+    ),
+    Mutant(
+        "streaming: half a character is counted as read",
+        "data/json_rows.py",
+        "rest = self._num_bytes - len(self._decoder.getstate()[0]) - len(",
+        "rest = self._num_bytes - len(",
+        "tests/data/test_mark.py",
+    ),
 )
