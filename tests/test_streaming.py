@@ -174,6 +174,7 @@ def test_refused_rows_stop_the_run_with_its_state_saved(
     assert run(words(place, skipped, "--invalid", "skip", data=data)) == 0
     assert told(out) == told(skipped)
     for folder in (out, skipped):
+        assert run(["verify", str(folder)]) == 0
         refused = [json.loads(line) for line in (folder / "refused.jsonl").read_text().splitlines()]
         assert [line["where"] for line in refused] == [f"{data}:47", f"{data}:51"]
         assert refused[0]["step"] == last + 1

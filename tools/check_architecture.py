@@ -130,8 +130,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tunedir": {"disk", "errors", "lock", "search"},
     "tune_report": {"config", "console", "disk", "messages", "search", "templates", "tunedir"},
     "tuning": {
-        *("assembly", "checkpoint", "config", "console", "disk", "engine.*", "errors", "evaluate", "lock", "measure"),
-        *("preflight", "records", "rundir", "search", "signals", "tune_report", "tunedir"),
+        *("assembly", "checkpoint", "config", "console", "disk", "engine.*", "errors", "evaluate", "lock", "loop"),
+        *("measure", "preflight", "records", "rundir", "search", "signals", "tune_report", "tunedir"),
     },
     "source": {
         *("errors", "records", "rundir", "data.store", "data.template", "model", "checkpoint", "identity"),

@@ -688,8 +688,8 @@ MUTANTS = (
     Mutant(
         "streaming: half a character is counted as read",
         "data/json_rows.py",
-        "rest = self._num_bytes - len(self._decoder.getstate()[0]) - len(",
-        "rest = self._num_bytes - len(",
+        "num_unused = len(self._decoder.getstate()[0]) + len(",
+        "num_unused = len(",
         "tests/data/test_mark.py",
     ),
 )

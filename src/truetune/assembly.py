@@ -131,7 +131,7 @@ def _engine(
         with console.status("status.measure"):
             engine, limits = choose_limits(
                 choice.engine,
-                list(_telling_rows(flight, config.max_length)),
+                list(_telling_rows(flight, _longest_possible(model, config.max_length))),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
             )
@@ -143,6 +143,11 @@ def _engine(
         chosen["gradient_checkpointing"] = limits.is_checkpointed
     _show_engine(choice, limits, console)
     return engine, settings.with_chosen(**chosen), tuple(_events(choice, limits))
+
+
+def _longest_possible(model: Any, max_length: int) -> int:
+    """Return the tokens of the longest pair that may come: no more than the model has positions for."""
+    return min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
 
 
 def _stretched(row: Row, num_tokens: int) -> Row:

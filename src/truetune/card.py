@@ -104,7 +104,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a card is about: a run's name, model, data, events, and the step whose weights are its result."""
+    """What a card is about: a run's name, model, data, events, and the step whose weights are its result.
+
+    `num_rows`: how many rows there were to train on, where only some of them are kept.
+    """
 
     name: str
     model: str
@@ -138,7 +141,7 @@ def make_card(
         model=subject.model,
         data=subject.data,
         num_rows=len(trained) if subject.num_rows is None else subject.num_rows,
-        num_epochs=steps[-1]["epoch"],
+        num_epochs=steps[-1]["epoch"] if subject.num_rows is None else num_trained_rows / subject.num_rows,
         num_learned_tokens=sum(event["learned_tokens"] for event in steps),
         num_steps=steps[-1]["step"],
         step=subject.step,

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from truetune import checkpoint, disk, report, trackers
 from truetune.assembly import Assembly, assemble
@@ -155,11 +156,7 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         return
     checkpoint.load_weights(run.adapter, model)
     config = assembly.settings.config
-    feed, num_rows = flight.prepared.feed, None
-    trained: Sequence[Row] = flight.prepared.train
-    if feed is not None:
-        num_rows = sum(event["rows"] for event in events if event["kind"] == "step")
-        trained = feed.first(num_rows, batch_size=config.rows_per_step)
+    trained, num_rows = _trained(flight, [event for event in events if event["kind"] == "step"])
     subject = Subject(
         run.path.name, flight.base.title, config.data, events, run.adapter_step or 0, config.seed, num_rows
     )
@@ -172,6 +169,16 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
     )
     findings = [asdict(finding) for finding in diagnose(card)]
     report.write(run.path, card.to_dict() | {"findings": findings}, lang=lang)
+
+
+def _trained(flight: Preflight, steps: Sequence[dict[str, Any]]) -> tuple[Sequence[Row], int | None]:
+    """Return rows that were trained, and how many there were; None if these are all."""
+    feed = flight.prepared.feed
+    if feed is None:
+        return flight.prepared.train, None
+    num_trained = sum(step["rows"] for step in steps)
+    rows = feed.first(num_trained, batch_size=steps[0]["rows"])
+    return rows, round(num_trained / max(steps[-1]["epoch"], 1))
 
 
 def _take_steps(

@@ -21,6 +21,7 @@ from truetune.engine.step import Engine
 from truetune.errors import MachineError, NumericsError, Stopped, UserError
 from truetune.evaluate import MIN_ROWS, STEP_COST
 from truetune.lock import RunLock, refuse_locked
+from truetune.loop import is_out_of_memory
 from truetune.measure import Forecast, forecast
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
 from truetune.records import Row, pairs_of
@@ -301,6 +302,10 @@ def take_trial(search: Search, proposal: Proposal, *, number: int, stop: StopFla
                 break
     except (NumericsError, MachineError) as error:
         # Not finite, or more memory than there is: of this trial, not of the search.
+        state, problem = FAILED, str(error).partition("\n")[0]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         state, problem = FAILED, str(error).partition("\n")[0]
     finally:
         assembly.loop.engine.model.unload()

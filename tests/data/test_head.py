@@ -99,6 +99,19 @@ def test_what_the_data_are_follows_from_files_and_held_out_rows(renderer: Render
     assert prepare_stream(config(path), renderer).data_hash != first
 
 
+def test_a_hub_id_is_downloaded_and_streamed(
+    renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, start in (("train-0.jsonl", 0), ("train-1.jsonl", 50), ("test.jsonl", 100)):
+        write(tmp_path / name, 50, start=start)
+    monkeypatch.setattr("truetune.data.sources.fetch", lambda name, **_: tmp_path if name == "org/rows" else None)
+    prepared = prepare_stream(config(tmp_path, data=["org/rows"], eval_split=0), renderer)
+    assert prepared.feed is not None
+    rows = [row for _, some in zip(range(25), prepared.feed.steps(0, batch_size=4), strict=False) for row in some[1]]
+    assert {row.where.rpartition(":")[0].rpartition("/")[2] for row in rows} == {"train-0.jsonl", "train-1.jsonl"}
+    assert len({row.where for row in rows}) == 100
+
+
 def test_an_empty_stream_is_refused(renderer: Renderer, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("")

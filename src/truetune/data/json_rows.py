@@ -172,11 +172,10 @@ class _Window:
 
     def place(self) -> tuple[int, int, int]:
         """Return the bytes of the file, the line and the characters of it before `position`."""
-        rest = (
-            self._num_bytes - len(self._decoder.getstate()[0]) - len(self.text[self.position :].encode(self.encoding))
-        )
+        num_unused = len(self._decoder.getstate()[0]) + len(self.text[self.position :].encode(self.encoding))
         start = self.text.rfind("\n", 0, self.position)
-        return rest, self.line_number(), self.position - start - 1 if start >= 0 else self._column + self.position
+        column = self.position - start - 1 if start >= 0 else self._column + self.position
+        return self._num_bytes - num_unused, self.line_number(), column
 
     def where(self, at: int | None = None) -> str:
         """Return "file:line" of `position`, or "file:line:column" of a place `at` behind it in `text`."""

@@ -83,7 +83,9 @@ def as_refusal(error: RowError, lang: str) -> Refusal:
 
 def _num_other_answers(prompts: np.ndarray, rows: np.ndarray) -> int:
     """Return how many rows have a prompt that another row answers otherwise."""
-    distinct = np.unique(np.stack([prompts, rows]), axis=1)[0] if len(prompts) else prompts
+    # Equal rows have equal prompts, so that one number a row is sorted, not a pair of them.
+    _, firsts = np.unique(rows, return_index=True)
+    distinct = prompts[firsts]
     found, counts = np.unique(distinct, return_counts=True)
     return int(np.isin(prompts, found[counts > 1]).sum())
 
