@@ -105,7 +105,7 @@ def record(run: RunDir, event: Event) -> None:
 
 
 def keep_refused(run: RunDir, feed: Feed, *, lang: str, tell: Callable[[int], None]) -> None:
-    """Have what is refused of a stream written into the run's folder. `tell`: told how many that are so far."""
+    """Have what is left out of a stream written into the run's folder. `tell`: told how many that are so far."""
 
     count = sum(1 for _ in run.read_refused())
 
@@ -115,7 +115,7 @@ def keep_refused(run: RunDir, feed: Feed, *, lang: str, tell: Callable[[int], No
         count += len(rows)
         tell(count)
 
-    feed.on_refused = keep
+    feed.on_left_out = keep
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,14 @@ def test_rows_of_the_held_out_prompts_are_left_out(make: Callable[..., Feed]) ->
     [block] = islice(feed._blocks(feed._start[0], threading.Event()), 1)
     hashes = block.rows.of_rows("prompt_hash")[:3]
     apart = {row.index for row in block.rows[:3]}
-    found = numbers(taken(replace(feed, kept_apart=frozenset(hashes.tolist())), 25))
+    told: list[RowError] = []
+    own = frozenset({block.rows[0].where})
+    apart_feed = replace(feed, kept_apart=frozenset(hashes.tolist()), held_out=own)
+    apart_feed.on_left_out = lambda _, rows: told.extend(rows)
+    found = numbers(taken(apart_feed, 25))
+    # The held-out row itself is known; the other two are told in each epoch.
+    assert {row.where for row in told} == {row.where for row in block.rows[1:3]}
+    assert {row.key for row in told} == {"row_apart"}
     assert len(apart) == 3
     assert not apart & {number % NUM_ROWS for number in found}
     assert set(found[:50]) == set(range(NUM_ROWS)) - apart
@@ -147,7 +154,7 @@ def test_rows_of_the_held_out_prompts_are_left_out(make: Callable[..., Feed]) ->
 def test_a_refused_row_ends_the_run_when_its_block_begins(make: Callable[..., Feed]) -> None:
     told: list[tuple[int, list[RowError]]] = []
     feed = make(bad=(25, 27))
-    feed.on_refused = lambda step, rows: told.append((step, rows))
+    feed.on_left_out = lambda step, rows: told.append((step, rows))
     steps = feed.steps(0, batch_size=4)
     assert len(list(islice(steps, 5))) == 5
     with pytest.raises(UserErrors) as caught:
@@ -159,14 +166,14 @@ def test_a_refused_row_ends_the_run_when_its_block_begins(make: Callable[..., Fe
 def test_refused_rows_may_be_skipped_and_are_told_once(make: Callable[..., Feed]) -> None:
     told: list[int] = []
     feed = make(bad=(3, 25, 27), invalid="skip")
-    feed.on_refused = lambda step, rows: told.append(step)
+    feed.on_left_out = lambda step, rows: told.append(step)
     found = numbers(taken(feed, 12))
     assert not {3, 25, 27} & set(found)
     assert told == [1, 5]
     # Resumed inside a block, what is refused of it was told before.
     again = make(bad=(3, 25, 27), invalid="skip")
     again.go_to(feed.position_at(6))
-    again.on_refused = lambda step, rows: told.append(step)
+    again.on_left_out = lambda step, rows: told.append(step)
     assert numbers(taken(again, 4, start=6)) == found[24:40]
     assert told == [1, 5]
 
@@ -207,23 +214,22 @@ def test_the_first_rows_are_those_of_the_first_steps(make: Callable[..., Feed]) 
     assert resumed.first(10, batch_size=4) == trained[:10]
 
 
-def test_leaving_early_does_not_wait_for_a_large_block(
+def test_leaving_early_gives_up_what_is_prepared_ahead(
     make: Callable[..., Feed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is prepared ahead is given up, and so is its thread."""
-    monkeypatch.setattr("truetune.data.feed.BATCH_ROWS", 2)
-    real = Preparer.render
+    """So that Ctrl-C does not wait for the rest of a large block."""
+    monkeypatch.setattr("truetune.data.feed.BATCH_ROWS", 1)
+    real, ahead = Preparer.render, list[int]()
 
     def slow(self: Preparer, job: Any) -> Any:
         if job.first_index >= BLOCK_ROWS:
-            time.sleep(0.2)
+            ahead.append(job.first_index)
+            time.sleep(0.05)
         return real(self, job)
 
     monkeypatch.setattr(Preparer, "render", slow)
-    feed = make(block_rows=BLOCK_ROWS)
-    began = time.monotonic()
-    assert len(taken(feed, 1)) == 1
-    assert time.monotonic() - began < 5
+    assert len(taken(make(), 1)) == 1
+    assert len(ahead) < BLOCK_ROWS - 1
 
 
 def test_a_bug_in_the_thread_comes_through(make: Callable[..., Feed], monkeypatch: pytest.MonkeyPatch) -> None:

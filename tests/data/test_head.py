@@ -81,11 +81,11 @@ def test_the_time_to_begin_does_not_depend_on_the_length(renderer: Renderer, tmp
     for factor in (1, 20):
         path = write(tmp_path / f"{factor}.jsonl", factor * (HEAD_ROWS + 1000))
         seen: list[int] = []
-        began = time.perf_counter()
+        began = time.process_time()
         prepared = prepare_stream(config(path, shuffle_rows=512), renderer, on_progress=seen.append)
         assert prepared.feed is not None
         next(prepared.feed.steps(0, batch_size=4))
-        seconds[factor] = time.perf_counter() - began
+        seconds[factor] = time.process_time() - began
         assert (seen[-1], prepared.report.rows_read) == (HEAD_ROWS, HEAD_ROWS)
     assert seconds[20] < 2.5 * seconds[1] + 0.2
 

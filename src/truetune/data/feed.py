@@ -40,28 +40,30 @@ NUM_FIRST = 500
 
 @dataclass(frozen=True)
 class Block:
-    """A block prepared: its rows in the order of their use, those refused, how many were left out for the held-out."""
+    """A block prepared: its rows in the order of their use, those refused, those that a held-out prompt keeps out."""
 
     place: Place
     following: Place
     rows: StoredRows
     refused: list[RowError]
-    num_apart: int
+    apart: list[RowError]
 
 
 @dataclass
 class Feed:
     """The rows of a streamed run, step by step. A step's `epoch` is that of its last row, see Stream.progress.
 
-    `kept_apart`: hashes of the held-out rows' prompts; rows with one of them are not trained. `num_ids`: ids that the
-    model has an embedding for. `on_refused`: told, with the step that the block is first used in, what was refused.
+    `kept_apart`: hashes of the held-out rows' prompts; rows with one of them are not trained. `held_out`: where the
+    held-out rows themselves stand. `num_ids`: ids that the model has an embedding for. `on_left_out`: told, with the
+    step that a block is first used in, which of its rows are not trained and why.
     """
 
     stream: Stream
     preparer: Preparer
     kept_apart: frozenset[int] = frozenset()
+    held_out: frozenset[str] = frozenset()
     num_ids: int | None = None
-    on_refused: Callable[[int, list[RowError]], None] = lambda _step, _rows: None
+    on_left_out: Callable[[int, list[RowError]], None] = lambda _step, _rows: None
     _start: tuple[Place, int] = (Place(), 0)
     _positions: dict[int, tuple[Place, int]] = field(default_factory=dict)
     _first: list[Row] = field(default_factory=list)
@@ -113,7 +115,7 @@ class Feed:
         count = min(num_trained, NUM_FIRST)
         if len(self._first) >= count:
             return self._first[:count]
-        again = Feed(self.stream, self.preparer, self.kept_apart, self.num_ids)
+        again = Feed(self.stream, self.preparer, self.kept_apart, self.held_out, self.num_ids)
         with closing(again.steps(0, batch_size=batch_size)) as steps:
             return [row for _, rows in islice(steps, -(-count // batch_size)) for row in rows][:count]
 
@@ -128,7 +130,7 @@ class Feed:
         return begin + (end - begin) * used / len(block.rows)
 
     def _require_usable(self, block: Block, step: int) -> None:
-        """Tell what was refused of a block before its first row is used.
+        """Tell what is left out of a block before its first row is used.
 
         Raises: UserErrors if that may not be; UserError if the tokenizer knows more than the model.
         """
@@ -136,10 +138,9 @@ class Feed:
         if self.num_ids is not None and highest >= self.num_ids:
             values = {"id": highest, "rows": self.num_ids}
             raise UserError("tokenizer_too_large", where="data", fix="tokenizer_too_large", **values)
-        if not block.refused:
-            return
-        self.on_refused(step, block.refused)
-        if self.preparer.config.invalid != "skip":
+        if block.refused or block.apart:
+            self.on_left_out(step, [*block.refused, *block.apart])
+        if block.refused and self.preparer.config.invalid != "skip":
             count = len(block.refused)
             last = UserError("stream_refused", where=f"step {step}", fix="stream_refused", count=count)
             raise UserErrors([*block.refused[:MAX_SHOWN], last])
@@ -165,10 +166,12 @@ class Feed:
         rows = StoredRows.of_batches(one.records for one in done)
         is_apart = np.isin(rows.of_rows("prompt_hash"), np.array(sorted(self.kept_apart), np.uint64))
         numbers = rows.numbers[~is_apart]
+        places = (rows[int(at)].where for at in np.flatnonzero(is_apart))
+        apart = [RowError("row_apart", where=at, fix="row_apart") for at in places if at not in self.held_out]
         generator = np.random.default_rng([self.stream.seed, 2, raw.place.epoch, raw.place.block])
         refused = [row for one in done for row in one.tally.refused]
         shuffled = rows.chosen(generator.permutation(numbers))
-        return Block(raw.place, raw.following, shuffled, refused, int(is_apart.sum()))
+        return Block(raw.place, raw.following, shuffled, refused, apart)
 
 
 def _ahead(blocks: Generator[Block, None, None], is_over: threading.Event) -> Generator[Block, None, None]:

@@ -50,14 +50,15 @@ def prepare_stream(
             held_files, config, renderer=renderer, on_progress=on_progress or (lambda _: None)
         )
         tally += held_tally
-        kept_apart: frozenset[int] = frozenset()
+        kept_apart, places = frozenset[int](), frozenset[str]()
     else:
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
         train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
         kept_apart = frozenset(held_out.of_rows("prompt_hash").tolist())
+        places = frozenset(row.where for row in held_out)
     report = make_report(config, renderer, tally=tally, sides=(train, held_out), mix=None, lang=lang)
     note = text("note.streaming", lang, rows=len(head.raws), buffer=config.shuffle_rows)
-    feed = Feed(stream, preparer, kept_apart)
+    feed = Feed(stream, preparer, kept_apart, places)
     digest = hashlib.sha256(stream.fingerprint.encode())
     held_out.update_hash(digest)
     return Prepared(train, held_out, replace(report, notes=[note, *report.notes]), digest.hexdigest(), feed=feed)

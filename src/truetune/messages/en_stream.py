@@ -7,7 +7,7 @@ TEXTS = {
         "Streamed: these are the first {rows:,} rows. The others are read, checked and learned as they come, shuffled "
         "within {buffer:,} rows; exact duplicates cannot be told over the whole stream."
     ),
-    "train.stream_refused": "Rows refused in the stream so far: {count:,}; see {path}",
+    "train.stream_refused": "Rows of the stream that were not trained so far: {count:,}; see {path}",
     "error.stream_max_steps": "a stream has no known length, and max_steps is not given",
     "fix.stream_max_steps": "Give --max-steps N: the learning rate's curve needs it.",
     "error.stream_key": "{name} is not for streamed data",
@@ -16,6 +16,8 @@ TEXTS = {
     "fix.stream_refused": (
         "Mend them and begin anew, or go on without them: --invalid skip --resume --allow-changed --output-dir RUN."
     ),
+    "error.row_apart": "its prompt is that of a held-out row, so it is not trained",
+    "fix.row_apart": "Nothing to do; or give rows to evaluate on by eval_data.",
     "error.stream_changed": "the files that were streamed are others now, or were touched",
     "fix.stream_changed": "Put them back, with their times of change, or start a new run in another folder.",
     "error.tune_stream": "a search does not stream: it needs the same rows again and again",
