@@ -184,6 +184,8 @@ VALUES = {
     "train_on": "last_turn",
     "max_length": "99",
     "invalid": "skip",
+    "streaming": "true",
+    "shuffle_rows": "50",
     "batch_size": "5",
     "per_device_train_batch_size": "5",
     "gradient_accumulation_steps": "5",
@@ -225,12 +227,12 @@ VALUES = {
 }
 
 
+NEEDS = {"streaming": {"max_steps": "7"}, "dpo_beta": {"loss": "simpo"}, "simpo_gamma": {"loss": "simpo"}}
+"""Keys that mean nothing without others."""
+
+
 def test_the_table_of_values_holds_every_key() -> None:
     assert set(VALUES) == set(Config.model_fields) - {"data", "lang"}
-
-
-ONLY_WITH = {"dpo_beta": ["--loss", "simpo"], "simpo_gamma": ["--loss", "simpo"]}
-"""Keys that mean nothing without another one."""
 
 
 @pytest.mark.parametrize("form", ["two words", "one word"])
@@ -238,14 +240,18 @@ ONLY_WITH = {"dpo_beta": ["--loss", "simpo"], "simpo_gamma": ["--loss", "simpo"]
 def test_every_flag_reaches_the_configuration(key: str, form: str, trained: list[Any]) -> None:
     flag, value = "--" + key.replace("_", "-"), VALUES[key]
     words = [f"{flag}={value}"] if form == "one word" or value.startswith("-") else [flag, value]
-    assert run(["train", "d.json", *words, *ONLY_WITH.get(key, [])]) == 0
+    needed = NEEDS.get(key, {})
+    words += [f"--{name.replace('_', '-')}={other}" for name, other in needed.items()]
+    assert run(["train", "d.json", *words]) == 0
     settings = trained[0][0]
     # Two keys of Trainer's are another way to say how many rows a step has.
     target = "batch_size" if key in PER_DEVICE_KEYS else key
     assert settings.origins[target] == flag
-    assert getattr(settings.config, target) != Config.model_fields[target].get_default(call_default_factory=True)
+    # More devices than one are other processes: tests/test_launch.py.
+    default = Config.model_fields[target].get_default(call_default_factory=True)
+    assert getattr(settings.config, target) != default or key == "devices"
     changed = {name for name, origin in settings.origins.items() if origin.startswith("--")}
-    assert changed == {target, "data", *(["loss"] if key in ONLY_WITH else [])}
+    assert changed == {target, "data", *needed}
 
 
 def test_underscores_are_dashes(trained: list[Any]) -> None:

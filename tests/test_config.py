@@ -232,6 +232,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("template", "alpaca"),
     ("train_on", "first_turn"),
     ("invalid", "ignore"),
+    ("streaming", "often"),
+    ("shuffle_rows", 0),
     ("lang", "fr"),
     ("model", 3),
     ("system", ["a"]),
@@ -257,7 +259,7 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any) -> None:
 
 
 def test_the_table_of_bad_values_covers_every_key_that_has_a_range() -> None:
-    assert len(BAD_VALUES) == 73
+    assert len(BAD_VALUES) == 75
     # Any text will do for these.
     free = {"revision", "input_join", "tracker_project", "tracker_name", "output_dir"}
     lists_like_data = {"eval_data"}

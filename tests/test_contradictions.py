@@ -27,6 +27,9 @@ CASES: list[tuple[dict[str, Any], set[str]]] = [
     ({"strategy": "shard", "loss": "dpo"}, {"config_shard"}),
     ({"strategy": "shard", "quantization": "4bit"}, {"config_shard"}),
     ({"strategy": "shard", "finetuning": "full"}, {"config_shard"}),
+    ({"strategy": "shard", "streaming": True, "max_steps": 9}, {"config_shard"}),
+    ({"streaming": True}, {"stream_max_steps"}),
+    ({"streaming": True, "max_steps": 9, "num_train_epochs": 2}, {"stream_key"}),
 ]
 
 
@@ -63,5 +66,5 @@ def test_what_goes_together_is_not_refused(keys: dict[str, Any]) -> None:
 
 
 def test_every_finder_is_tried() -> None:
-    assert len(FINDERS) == 5
-    assert len({key for _, keys in CASES for key in keys}) == 8
+    assert len(FINDERS) == 6
+    assert len({key for _, keys in CASES for key in keys}) == 10

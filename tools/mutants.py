@@ -760,4 +760,41 @@ MUTANTS = (
         "",
         "tests/data/test_prepare.py",
     ),
+    Mutant(
+        "tune: a trial goes on with what another one learned",
+        "tuning.py",
+        """    finally:
+        assembly.loop.engine.model.unload()""",
+        """    finally:
+        assembly.loop.engine.model.merge_and_unload()""",
+        "tests/test_tuning.py",
+    ),
+    Mutant(
+        "tune: what comes next depends on chance, not on the trials so far",
+        "search.py",
+        "seed=seed + len(trials)",
+        "seed=None",
+        "tests/test_search.py",
+    ),
+    Mutant(
+        "streaming: a position forgets which rows of its block are used",
+        "data/feed.py",
+        "(block.following, 0) if is_used_up else (block.place, used)",
+        "(block.following, 0) if is_used_up else (block.place, 0)",
+        "tests/data/test_feed.py",
+    ),
+    Mutant(
+        "streaming: held-out prompts are trained where they stand again",
+        "data/feed.py",
+        "numbers = rows.numbers[~is_apart]",
+        "numbers = rows.numbers",
+        "tests/data/test_feed.py tests/data/test_head.py",
+    ),
+    Mutant(
+        "streaming: half a character is counted as read",
+        "data/json_rows.py",
+        "num_unused = len(self._decoder.getstate()[0]) + len(",
+        "num_unused = len(",
+        "tests/data/test_mark.py",
+    ),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -18,23 +18,20 @@ from truetune.config import Config, Settings
 from truetune.console import Console
 from truetune.engine.compare import Choice, Trial, choose_engine, comparison_rows, use_kind
 from truetune.engine.master import keep_masters, own_masters
-from truetune.engine.memory import Limits, choose_limits, free_bytes, set_checkpointing
+from truetune.engine.memory import Limits, choose_limits, set_checkpointing
 from truetune.engine.objective import Imitation, Objective
 from truetune.engine.preference import Preference
-from truetune.engine.quantised import held_bytes
-from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine, Kind, scaled_from
 from truetune.errors import NumericsError, UserError
 from truetune.evaluate import MAX_EVALUATIONS, choose_eval_steps, limit_rows, loss_evaluator
+from truetune.loading import load_model
 from truetune.loop import Event, Loop, Plan
-from truetune.model import Base, BaseWeights, add_lora, choose_dtype, count_parameters, load_base, pad_id, train_all
+from truetune.model import count_parameters, pad_id
 from truetune.optimizer import make_optimizer, show_rates
-from truetune.place import read_place
 from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
 from truetune.records import Row, pairs_of
 from truetune.samples import NUM_PROMPTS, Sampler, choose_prompts, plan_samples
-from truetune.weights import needed_bytes, require_memory
 
 SAVES_PER_RUN = 20
 MAX_COMPARED_ROWS, MAX_MEASURED_ROWS = 1000, 64
@@ -92,35 +89,25 @@ def assemble(
     if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision != "no":
         # Read from the environment that `accelerate launch` sets; backward would divide the gradient by it.
         raise UserError("accelerate_settings", where="ACCELERATE_*", fix="accelerate_settings")
-    dtype, reason = choose_dtype(config.dtype)
-    is_full, is_sharded = config.finetuning == "full", config.strategy == "shard"
-    # Whole models are trained where they compute; a base is on the CPU first, and of a known size there.
-    free = free_bytes(accelerator.device) if is_full else psutil.virtual_memory().available
-    # Whole bases lie side by side; of a sharded one, a machine loads one at a time.
-    free //= 1 if is_sharded else ranks.place.local_size
-    base = flight.base
-    needed = needed_bytes(base.folder, dtype=dtype, quantization=base.quantization, is_full=is_full)
-    require_memory(needed, free, name=base.title, dtype=base.quantization or dtype, is_full=is_full)
-    with console.status("status.load", name=base.title, dtype=dtype, reason=console.text(f"dtype.{reason}")):
-        model = accelerator.prepare(_load_on(ranks, base, config, dtype))
-        masters = keep_masters(model, getattr(torch, dtype)) if is_full else own_masters(model)
-    if base.quantization is not None:
-        held, plain = held_bytes(model), needed_bytes(base.folder, dtype="bfloat16")
-        console.say("train.quantised", kind=base.quantization, held=held / 1e9, plain=plain / 1e9, share=held / plain)
-    settings = settings.with_chosen(dtype=dtype)
+    settings, model = load_model(settings, flight, console=console, ranks=ranks, device=accelerator.device)
+    model = accelerator.prepare(model)
+    config = settings.config
+    masters = keep_masters(model, getattr(torch, config.dtype)) if config.finetuning == "full" else own_masters(model)
     engine, settings, events = _engine(settings, flight, model, console=console, is_begun=is_begun, ranks=ranks)
     settings, held_out = _choose(settings, flight)
-    config = settings.config
-    _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(flight.prepared.held_out)))
-    optimizer, scheduler = make_optimizer(model, masters, config=config, num_steps=flight.prepared.report.steps)
-    show_rates(scheduler, console, num_steps=flight.prepared.report.steps)
+    config, base, prepared = settings.config, flight.base, flight.prepared
+    _show_choices(settings, console, model=model, num_held_out=(len(held_out), len(prepared.held_out)))
+    optimizer, scheduler = make_optimizer(model, masters, config=config, num_steps=prepared.report.steps)
+    show_rates(scheduler, console, num_steps=prepared.report.steps)
     objective = _objective(config)
     plan = _plan(config, flight)
     loop = Loop(engine, optimizer, scheduler, plan, accelerator.backward, ranks=ranks, objective=objective)
-    state = State(model, optimizer, scheduler, identity_of(config, flight), base.reference(), masters)
+    state = State(
+        model, optimizer, scheduler, identity_of(config, flight), base.reference(), masters=masters, feed=prepared.feed
+    )
     _require_same(state.identity, ranks)
     # Alone, rank 0 asks; a sharded model answers on all ranks or none.
-    sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or is_sharded)
+    sampler = _sampler(config, flight, model, held_out, is_asking=ranks.is_main or engine.is_sharded)
     evaluate = loss_evaluator(engine, held_out, ranks=ranks, objective=objective)
     return Assembly(settings, accelerator, loop, evaluate, state, sampler, held_out, events)
 
@@ -128,24 +115,6 @@ def assemble(
 def _objective(config: Config) -> Objective:
     """Return what is learned of rows."""
     return Imitation() if config.loss == "sft" else Preference(config.loss, config.dpo_beta, config.simpo_gamma or 0.0)
-
-
-def _load_on(ranks: Ranks, base: Base, config: Config, dtype: str) -> Any:
-    """Return the model on this rank, whole or its part of it.
-
-    Raises: UserError if several processes were started, and this is not one of a group.
-    """
-    num_started = read_place().size
-    if num_started > 1 and ranks.size == 1:
-        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
-    if config.strategy != "shard":
-        return _load(base, config, dtype)
-    if ranks.size == 1:
-        raise UserError("shard_alone", where="strategy", fix="shard_alone")
-    mesh = make_mesh(ranks.size)
-    with ranks.in_turn():
-        model = shard(_load(base, config, dtype), mesh)
-    return model
 
 
 def _require_same(identity: Mapping[str, str], ranks: Ranks) -> None:
@@ -174,7 +143,7 @@ def _engine(
         with console.status("status.measure"):
             engine, limits = choose_limits(
                 choice.engine,
-                list(_telling_rows(flight)),
+                list(_telling_rows(flight, _longest_possible(model, config.max_length))),
                 max_tokens=None if size == "auto" else int(size),
                 is_checkpointed=None if recompute == "auto" else bool(recompute),
                 ranks=ranks,
@@ -195,17 +164,36 @@ def _check_scaling(config: Config, flight: Preflight, model: Any) -> None:
 
     Raises: UserError.
     """
-    limit, longest = scaled_from(model), int(flight.prepared.train.lengths(0, 1).max(initial=0))
+    limit, prepared = scaled_from(model), flight.prepared
+    longest = int(prepared.train.lengths(0, 1).max(initial=0)) if prepared.feed is None else config.max_length
     if config.loss != "sft" and limit is not None and longest > limit:
         raise UserError("preference_scaled", where="max_length", fix="preference_scaled", limit=limit, longest=longest)
 
 
-def _telling_rows(flight: Preflight) -> Iterator[Row]:
+def _longest_possible(model: Any, max_length: int) -> int:
+    """Return the tokens of the longest pair that may come: no more than the model has positions for."""
+    return min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
+
+
+def _stretched(row: Row, num_tokens: int) -> Row:
+    """Return a row whose pair has so many tokens, those of `row` over and over; of a preference row, both answers."""
+    pair = row.pairs[0]
+    ids = pair.prompt_ids + pair.answer_ids
+    answer = pair.answer_ids[: num_tokens - 1]
+    prompt = tuple(islice(cycle(ids), num_tokens - len(answer)))
+    long = replace(pair, prompt_ids=prompt, answer_ids=answer)
+    return replace(row, pairs=(long,), rejected=(long,) if row.rejected else ())
+
+
+def _telling_rows(flight: Preflight, max_length: int) -> Iterator[Row]:
     """Yield what the governor has to see of the rows: the longest of each side, and some to measure."""
     prepared = flight.prepared
     for side in (prepared.train, prepared.held_out):
         if len(side):
             yield side[int(side.longest_pairs().argmax())]
+    if prepared.feed is not None:
+        # Of a stream nobody knows the longest pair; it may be this long.
+        yield _stretched(prepared.train[0], max_length)
     yield from prepared.train[:MAX_MEASURED_ROWS]
 
 
@@ -243,25 +231,6 @@ def _events(choice: Choice, limits: Limits | None) -> Iterator[Event]:
         yield {"kind": "memory", **asdict(limits)}
 
 
-def _load(base: Base, config: Config, dtype: str) -> Any:
-    if config.finetuning == "full":
-        # In fp32, whatever computes: these are the optimizer's weights.
-        model = train_all(load_base(base, "float32"))
-        model.disable_adapter = BaseWeights(model, lambda: load_base(base, dtype))
-        return model
-    return add_lora(
-        load_base(base, dtype),
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.target_modules,
-        seed=config.seed,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=True if config.lora_init == "default" else config.lora_init,
-    )
-
-
 def _plan(config: Config, flight: Preflight) -> Plan:
     """Return the loop's numbers; every "auto" is chosen by now."""
     return Plan(
@@ -272,6 +241,7 @@ def _plan(config: Config, flight: Preflight) -> Plan:
         eval_steps=int(config.eval_steps),
         save_steps=int(config.save_steps),
         mix=flight.prepared.mix,
+        is_streamed=config.streaming,
     )
 
 
@@ -280,7 +250,9 @@ def _choose(settings: Settings, flight: Preflight) -> tuple[Settings, list[Row]]
     config, prepared = settings.config, flight.prepared
     steps = prepared.report.steps
     num_rows = len(prepared.train) if prepared.mix is None else len(prepared.mix)
-    num_trained_rows = min(steps * config.rows_per_step, int(num_rows * config.num_train_epochs + 1))
+    num_trained_rows = steps * config.rows_per_step
+    if not config.streaming:
+        num_trained_rows = min(num_trained_rows, int(num_rows * config.num_train_epochs + 1))
     held_out = list(prepared.held_out if config.eval_data else limit_rows(prepared.held_out, num_trained_rows))
     chosen: dict[str, Any] = {}
     if config.eval_steps == "auto":
@@ -313,13 +285,18 @@ def _show_choices(settings: Settings, console: Console, *, model: Any, num_held_
     """Print what is trained, and every value that is not the default with its origin."""
     trainable, total = count_parameters(model)
     console.say("train.parameters", trainable=trainable, total=total, share=trainable / total)
+    show_values(settings, console)
+    used, total_held_out = num_held_out
+    if used < total_held_out:
+        console.say("train.fewer_held_out", used=used, total=total_held_out)
+
+
+def show_values(settings: Settings, console: Console) -> None:
+    """Print every value that is not the default, with its origin."""
     values, defaults = settings.config.model_dump(), Config().model_dump()
     for key, origin in settings.origins.items():
         if values[key] != defaults[key]:
             console.say("train.choice", name=key, value=values[key], origin=origin)
-    used, total_held_out = num_held_out
-    if used < total_held_out:
-        console.say("train.fewer_held_out", used=used, total=total_held_out)
 
 
 def identity_of(config: Config, flight: Preflight) -> dict[str, str]:

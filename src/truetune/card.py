@@ -125,7 +125,8 @@ class Card:
 class Subject:
     """What a card is about: a run's name, model, data, events, and the step whose weights are its result.
 
-    `finetuning`: lora or full. `is_compared`: its loss compares chosen with rejected answers.
+    `finetuning`: lora or full. `is_compared`: its loss compares chosen with rejected answers. `num_rows`: how many
+    rows there were to train on, where only some of them are kept.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Subject:
     seed: int
     finetuning: str = "lora"
     is_compared: bool = False
+    num_rows: int | None = None
 
 
 def make_card(
@@ -162,8 +164,8 @@ def make_card(
         name=subject.name,
         model=subject.model,
         data=subject.data,
-        num_rows=len(trained),
-        num_epochs=steps[-1]["epoch"],
+        num_rows=len(trained) if subject.num_rows is None else subject.num_rows,
+        num_epochs=steps[-1]["epoch"] if subject.num_rows is None else num_trained_rows / subject.num_rows,
         num_learned_tokens=sum(event["learned_tokens"] for event in steps),
         num_steps=steps[-1]["step"],
         step=subject.step,

@@ -55,6 +55,7 @@ class State:
     """What a checkpoint holds: `identity` says what the run was (data, base, template, every key that matters).
 
     `base`: where the base is, see Base.reference. `masters`: what the optimizer trains, if not the model's own weights.
+    `feed`: where streamed rows come from, see data.feed.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class State:
     identity: Mapping[str, str]
     base: Mapping[str, str]
     masters: Masters | None = None
+    feed: Any = None
 
     @property
     def trained(self) -> Trained:
@@ -109,6 +111,8 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
         write_extra(staging)
         save_file(_flatten(state.optimizer.state_dict()), str(staging / OPTIMIZER))
         values = {"step": step, "scheduler": state.scheduler.state_dict()}
+        if state.feed is not None:
+            values["stream"] = state.feed.position_at(step)
         (staging / TRAINER_STATE).write_text(to_json(values), encoding="utf-8")
     return target
 
@@ -221,12 +225,14 @@ def _shown(name: str, then: str, now: str) -> str:
 
 
 def load(folder: Path, state: State) -> int:
-    """Put a checkpoint into the model, optimizer and scheduler of `state`; return its step.
+    """Put a checkpoint into the model, optimizer, scheduler and feed of `state`; return its step.
 
     Learning rate and weight decay are those of `state`, at the checkpoint's step; if nothing changed, the same bits.
     """
     state.trained.load(folder)
     values = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+    if state.feed is not None:
+        state.feed.go_to(values["stream"])
     scheduler = state.scheduler
     at = values["scheduler"]["last_epoch"]
     rates = [rate * factor(at) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -252,13 +258,21 @@ def share(state: State, ranks: Ranks, *, step: int) -> int:
     values = state.optimizer.state_dict()
     shapes = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in _flatten(values).items()}
     head = ranks.tell(
-        {"step": step, "scheduler": state.scheduler.state_dict(), "groups": values["param_groups"], "shapes": shapes}
+        {
+            "step": step,
+            "scheduler": state.scheduler.state_dict(),
+            "groups": values["param_groups"],
+            "shapes": shapes,
+            "stream": state.feed and state.feed.position_at(step),
+        }
     )
     state.scheduler.load_state_dict(head["scheduler"])
     tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], state.weights[0].device)
     ranks.give(tensors[name] for name in sorted(head["shapes"]))
     if not ranks.is_main:
         state.optimizer.load_state_dict({"state": _unflatten(tensors), "param_groups": head["groups"]})
+        if state.feed is not None:
+            state.feed.go_to(head["stream"])
     return int(head["step"])
 
 

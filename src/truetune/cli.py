@@ -20,7 +20,7 @@ from truetune.messages import text
 
 COMMANDS = (
     *("train", "check", "chat", "compare", "eval", "serve", "merge", "export"),
-    *("studio", "runs", "verify", "env", "demo"),
+    *("tune", "studio", "runs", "verify", "env", "demo"),
 )
 
 

@@ -112,6 +112,8 @@ class Config(BaseModel):
     loss: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
     dpo_beta: PositiveFloat = 0.1
     simpo_gamma: Annotated[Float, Field(ge=0)] | None = None
+    streaming: bool = False
+    shuffle_rows: PositiveInt = 10_000
     batch_size: PositiveInt = 16
     per_device_train_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = None
@@ -174,6 +176,10 @@ class Settings:
         asked = [name for name in chosen if getattr(self.config, name) != "auto"]
         origins = {**self.origins, **dict.fromkeys(chosen, "auto"), **{name: self.origins[name] for name in asked}}
         return Settings(self.config.model_copy(update=chosen), origins)
+
+    def replaced(self, **values: Any) -> Settings:
+        """Return the settings with other values; where the others came from stays."""
+        return Settings(self.config.model_copy(update=values), self.origins)
 
 
 class _Loader(yaml.SafeLoader):

@@ -75,11 +75,23 @@ def _shard(config: Any, origins: Origins) -> Iterator[UserError]:
     """Yield what a sharded base cannot do."""
     if config.strategy != "shard":
         return
-    for key, plain in (("loss", "sft"), ("quantization", None), ("finetuning", "lora")):
+    for key, plain in (("loss", "sft"), ("quantization", None), ("finetuning", "lora"), ("streaming", False)):
         value = getattr(config, key)
         if value != plain:
             where = origins.get("strategy", origins.get(key, key))
             yield UserError("config_shard", where=where, fix="config_shard", name=key, value=value)
 
 
-FINDERS: tuple[Callable[[Any, Origins], Iterator[UserError]], ...] = (_data, _full, _start, _loss, _shard)
+def _stream(config: Any, origins: Origins) -> Iterator[UserError]:
+    """Yield each key that means nothing where rows are streamed, or is lacking there."""
+    if not config.streaming:
+        return
+    default = type(config)()
+    for name in ("data_weights", "num_train_epochs"):
+        if name in origins and getattr(config, name) != getattr(default, name):
+            yield UserError("stream_key", where=origins[name], fix="stream_key", name=name)
+    if config.max_steps is None:
+        yield UserError("stream_max_steps", where=origins["streaming"], fix="stream_max_steps")
+
+
+FINDERS: tuple[Callable[[Any, Origins], Iterator[UserError]], ...] = (*(_data, _full, _start, _loss, _shard, _stream),)

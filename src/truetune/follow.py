@@ -6,7 +6,7 @@ the others                                └→                         └→ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from truetune.console import Console
 from truetune.errors import UserError
 from truetune.preflight import Preflight, preflight
 from truetune.ranks import Ranks
+from truetune.records import Row
 from truetune.rundir import Run, RunDir, outcome
 from truetune.signals import StopFlag
 from truetune.watch import Watch
@@ -57,8 +58,13 @@ def tell_state(assembly: Assembly, events: Iterable[dict[str, Any]], *, start: i
     checkpoint.share(assembly.state, ranks, step=start)
 
 
-def card_of(assembly: Assembly, flight: Preflight, *, subject: Subject | None = None) -> Card:
-    """Return the report card of rank 0's weights; with a sharded base, all ranks compute it. `subject`: rank 0's."""
+def card_of(
+    assembly: Assembly, flight: Preflight, *, subject: Subject | None = None, trained: Sequence[Row] = ()
+) -> Card:
+    """Return the report card of rank 0's weights; with a sharded base, all ranks compute it. `subject`: rank 0's.
+
+    `trained`: the rows that were; without them, all there are.
+    """
     loop = assembly.loop
     if loop.engine.is_sharded:
         told = loop.ranks.tell(vars(subject) if subject is not None else None)
@@ -67,7 +73,8 @@ def card_of(assembly: Assembly, flight: Preflight, *, subject: Subject | None = 
     if subject is None:
         raise ValueError("rank 0 has a subject")
     prepared = flight.prepared
-    return make_card(loop.engine, flight.renderer, subject=subject, trained=prepared.train, held_out=prepared.held_out)
+    rows = trained or prepared.train
+    return make_card(loop.engine, flight.renderer, subject=subject, trained=rows, held_out=prepared.held_out)
 
 
 def follow(ranks: Ranks, *, lang: str, skip_bad: int) -> Run:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from truetune.engine.step import Engine, Forward
 from truetune.engine.trie import count_trie_tokens
 from truetune.errors import NumericsError, out_of_memory
 from truetune.ranks import ALONE, Ranks, watched
-from truetune.records import Row
+from truetune.records import Row, RowStream
 from truetune.signals import CAUGHT
 
 Event = dict[str, Any]
@@ -34,7 +35,8 @@ HeldOut = Mapping[str, float] | float | None
 class Plan:
     """The numbers of a run that the loop needs. All steps are optimizer steps.
 
-    `max_skipped`: steps of the run whose loss or gradient may be not finite; they change nothing.
+    `max_skipped`: steps of the run whose loss or gradient may be not finite; they change nothing. `is_streamed`: rows
+    are told by their places, too, since a number alone leads to nothing that is kept.
     """
 
     num_steps: int
@@ -45,6 +47,7 @@ class Plan:
     save_steps: int
     mix: Mix | None = None
     max_skipped: int = 0
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Loop:
 
     def run(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Row] | RowStream,
         *,
         start: int = 0,
         evaluate: Callable[[], HeldOut] = lambda: None,
@@ -122,19 +125,18 @@ class Loop:
             if is_stopped or (is_saved and should_stop()):
                 return
 
-    def _batches(self, rows: Sequence[Row], start: int) -> Iterator[Batch]:
+    def _batches(self, rows: Sequence[Row] | RowStream, start: int) -> Iterator[Batch]:
         """Yield the batches from step `start` + 1 on; while one is computed, a thread builds the next one's tries."""
         plan = self.plan
-        order = batches(len(rows), plan.batch_size, seed=plan.seed, start=start, mix=plan.mix)
+        order = _rows_of_steps(rows, plan, start)
 
         def build(step: int) -> Batch:
-            epoch, numbers = next(order)
-            chosen = [rows[number] for number in numbers]
+            epoch, chosen = next(order)
             share = Share(self.objective.measure(chosen), self.ranks.rank, self.ranks.size)
             forwards = self.objective.forwards(self.engine, chosen, share=share)
             return Batch(step, epoch, chosen, forwards, share, count_trie_tokens(self.objective.pairs(chosen)))
 
-        with ThreadPoolExecutor(max_workers=1) as builder:
+        with closing(order), ThreadPoolExecutor(max_workers=1) as builder:
             following = builder.submit(build, start + 1)
             for step in range(start + 1, plan.num_steps + 1):
                 batch = following.result()
@@ -163,7 +165,9 @@ class Loop:
         result = self._together(result)
         learning_rate, *others = self.scheduler.get_last_lr()
         grad_norm = self._clipped(step, rows, result.loss)
-        told = {"step": step, "row_ids": [row.index for row in rows]}
+        told: Event = {"step": step, "row_ids": [row.index for row in rows]}
+        if self.plan.is_streamed:
+            told["row_places"] = [row.where for row in rows]
         if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
             self._skip()
             yield {"kind": "skipped", **told, "loss": str(result.loss), "grad_norm": str(grad_norm)}
@@ -257,6 +261,17 @@ class Loop:
             # torch warns if the first step of all is skipped.
             warnings.simplefilter("ignore", UserWarning)
             self.scheduler.step()
+
+
+def _rows_of_steps(
+    rows: Sequence[Row] | RowStream, plan: Plan, start: int
+) -> Generator[tuple[float, Sequence[Row]], None, None]:
+    """Yield (epochs done, rows) of each step after `start`."""
+    if isinstance(rows, RowStream):
+        yield from rows.steps(start, batch_size=plan.batch_size)
+        return
+    for epoch, numbers in batches(len(rows), plan.batch_size, seed=plan.seed, start=start, mix=plan.mix):
+        yield epoch, [rows[number] for number in numbers]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,12 @@ from typing import Any
 
 from truetune import checkpoint, identity
 from truetune.config import Settings, dump
+from truetune.data.feed import Feed
 from truetune.data.prepare import hash_files
+from truetune.data.report import as_refusal
 from truetune.data.template import TEMPLATE_FILE
 from truetune.disk import damage, read_manifest, staged, to_json, write_atomic
-from truetune.errors import Stopped, TruetuneError
+from truetune.errors import RowError, Stopped, TruetuneError
 from truetune.loop import Event
 from truetune.preflight import Preflight
 from truetune.rundir import RunDir
@@ -95,10 +97,24 @@ def recorded_state(run: RunDir) -> Iterator[None]:
 def record(run: RunDir, event: Event) -> None:
     """Append an event, and the row ids of a step, to the run's files."""
     if "row_ids" in event:
-        run.append_step_rows(event["step"], event["row_ids"])
+        run.append_step_rows(event["step"], event["row_ids"], places=event.get("row_places"))
     # Those of a step stand in steps.jsonl.
     is_step = event["kind"] == "step"
-    run.append({key: value for key, value in event.items() if not (is_step and key == "row_ids")})
+    run.append({key: value for key, value in event.items() if not (is_step and key.startswith("row_"))})
+
+
+def keep_refused(run: RunDir, feed: Feed, *, lang: str, tell: Callable[[int], None]) -> None:
+    """Have what is left out of a stream written into the run's folder. `tell`: told how many that are so far."""
+
+    count = sum(1 for _ in run.read_refused())
+
+    def keep(step: int, rows: Sequence[RowError]) -> None:
+        nonlocal count
+        run.append_refused(step, [as_refusal(row, lang) for row in rows])
+        count += len(rows)
+        tell(count)
+
+    feed.on_left_out = keep
 
 
 @dataclass(frozen=True)

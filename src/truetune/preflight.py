@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from truetune.config import Config
 from truetune.console import Console
+from truetune.data.head import prepare_stream
 from truetune.data.prepare import Prepared, prepare
 from truetune.data.template import Renderer, build_renderer
 from truetune.errors import UserError
@@ -22,11 +24,12 @@ MAX_REFUSED_SHOWN = 10
 
 @dataclass(frozen=True)
 class Preflight:
-    """A base, its renderer and the data, checked."""
+    """A base, its renderer and the data, checked. `bare_model`: the base's weights, where they are loaded already."""
 
     base: Base
     renderer: Renderer
     prepared: Prepared
+    bare_model: Any = None
 
 
 def preflight(config: Config, console: Console, *, date: str | None = None) -> Preflight:
@@ -56,7 +59,8 @@ def preflight(config: Config, console: Console, *, date: str | None = None) -> P
             date=date,
         )
     with console.counting("status.rows") as count:
-        prepared = prepare(config, renderer, lang=console.lang, on_progress=count)
+        prepare_rows = prepare_stream if config.streaming else prepare
+        prepared = prepare_rows(config, renderer, lang=console.lang, on_progress=count)
     _check_ids(base, prepared)
     if config.finetuning == "full":
         note = _need(base, config.dtype, console)
@@ -88,6 +92,8 @@ def _check_ids(base: Base, prepared: Prepared) -> None:
     num_rows, highest = num_embeddings(base.folder), prepared.train.highest_id()
     if num_rows is not None and highest >= num_rows:
         raise UserError("tokenizer_too_large", where=base.title, fix="tokenizer_too_large", id=highest, rows=num_rows)
+    if prepared.feed is not None:
+        prepared.feed.num_ids = num_rows
 
 
 def report_lines(report: Report, lang: str) -> list[tuple[str, str]]:

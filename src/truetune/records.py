@@ -17,9 +17,9 @@ A pair, and the labels that a padded row of it gets (`.` = IGNORE_INDEX):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +120,14 @@ class Row:
     prompt: tuple[Message, ...] = ()
     answer: str = ""
     rejected: tuple[Pair, ...] = ()
+
+
+@runtime_checkable
+class RowStream(Protocol):
+    """Rows that come step by step, without being numbered beforehand."""
+
+    def steps(self, start: int, *, batch_size: int) -> Iterator[tuple[float, list[Row]]]:
+        """Yield (epochs done, rows) of each step after `start`."""
 
 
 def pairs_of(rows: Iterable[Row]) -> list[Pair]:

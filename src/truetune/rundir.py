@@ -4,6 +4,7 @@ RUN/
   config.yaml   every value in force, loadable again        run.json      what ran: versions, hashes, state
   events.jsonl  one JSON object a line                      steps.jsonl   the row ids of every optimizer step
   data/         prepared tokens, refused.jsonl              checkpoints/  weights + optimizer, every save_steps
+  refused.jsonl streamed rows that were refused
   adapter/      the result; of full fine-tuning, model/     (see product documentation in docs/run-folder.md)
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from truetune.disk import FULL, is_leftover, read_manifest, to_json, write_atomic
 from truetune.errors import UserError
 from truetune.lock import FILE as LOCK_FILE
+from truetune.records import Refusal
 
 
 class RunDir:
@@ -31,6 +33,7 @@ class RunDir:
         self.run_json = path / "run.json"
         self.events = path / "events.jsonl"
         self.steps = path / "steps.jsonl"
+        self.refused = path / "refused.jsonl"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
         self._waiting: dict[Path, bytes] = {}
@@ -71,9 +74,14 @@ class RunDir:
         """Append one line to events.jsonl."""
         self._append(self.events, event)
 
-    def append_step_rows(self, step: int, row_ids: list[int]) -> None:
-        """Append the row ids of one optimizer step to steps.jsonl."""
-        self._append(self.steps, {"step": step, "rows": row_ids})
+    def append_step_rows(self, step: int, row_ids: list[int], *, places: list[str] | None = None) -> None:
+        """Append the row ids of one optimizer step to steps.jsonl; of streamed rows, where they stand, too."""
+        self._append(self.steps, {"step": step, "rows": row_ids} | ({"where": places} if places else {}))
+
+    def append_refused(self, step: int, rows: Iterable[Refusal]) -> None:
+        """Append streamed rows that were refused before the rows of a step were used."""
+        for row in rows:
+            self._append(self.refused, {"step": step, "where": row.where, "reason": row.reason, "fix": row.fix})
 
     @property
     def has_waiting_lines(self) -> bool:
@@ -82,7 +90,7 @@ class RunDir:
 
     def sync_lines(self) -> None:
         """Make all lines durable, so that a checkpoint is never newer than what is told of it."""
-        for path in (self.events, self.steps):
+        for path in (self.events, self.steps, self.refused):
             if self._waiting.get(path):
                 _append_bytes(path, self._waiting.pop(path))
             if path.exists():
@@ -107,9 +115,15 @@ class RunDir:
         """Yield the lines of steps.jsonl."""
         return _read_lines(self.steps)
 
+    def read_refused(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of refused.jsonl."""
+        return _read_lines(self.refused)
+
     def cut_back(self, step: int) -> None:
         """Drop every event and step line later than `step`, as resume does before it repeats them."""
-        for path in (self.events, self.steps):
+        for path in (self.events, self.steps, self.refused):
+            if path == self.refused and not path.exists():
+                continue
             kept = [line for line in _read_lines(path) if line.get("step", -1) <= step]
             write_atomic(path, "".join(to_json(line) + "\n" for line in kept))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from truetune import checkpoint, disk, report, trackers
 from truetune.assembly import Assembly, assemble
@@ -16,9 +18,10 @@ from truetune.diagnosis import diagnose
 from truetune.errors import MachineError, NumericsError, Stopped, TruetuneError, UserError
 from truetune.follow import card_of, follow, tell_start, tell_state, with_devices
 from truetune.lock import RunLock, refuse_locked
-from truetune.output import Saver, record, recorded_state, write_start
+from truetune.output import Saver, keep_refused, record, recorded_state, write_start
 from truetune.preflight import Preflight, preflight, require_usable, show_refused, show_report
 from truetune.ranks import Ranks, connected
+from truetune.records import Row
 from truetune.rundir import Run, RunDir, next_run_path, open_output, outcome
 from truetune.signals import StopFlag
 from truetune.teller import Teller
@@ -151,6 +154,13 @@ def _train(run: RunDir, assembly: Assembly, flight: Preflight, console: Console,
     watch.replay(events)
     assembly.loop.num_skipped = sum(event["kind"] == "skipped" for event in events)
     tell_state(assembly, events, start=start)
+    if flight.prepared.feed is not None:
+        keep_refused(
+            run,
+            flight.prepared.feed,
+            lang=console.lang,
+            tell=lambda count: console.say("train.stream_refused", count=count, path=run.refused),
+        )
     saver = Saver(run, assembly.state, flight, config.save_total_limit, config.loss)
     if start < assembly.loop.plan.num_steps:
         _require_disk(saver, console, most=max(config.save_total_limit, checkpoint.MIN_KEPT) + 2)
@@ -190,6 +200,7 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         return
     assembly.state.trained.show(run.result)
     config = assembly.settings.config
+    trained, num_rows = _trained(flight, [event for event in events if event["kind"] == "step"])
     subject = Subject(
         run.path.name,
         flight.base.title,
@@ -199,10 +210,21 @@ def _write_report(run: RunDir, assembly: Assembly, flight: Preflight, *, lang: s
         seed=config.seed,
         finetuning=config.finetuning,
         is_compared=config.loss != "sft",
+        num_rows=num_rows,
     )
-    card = card_of(assembly, flight, subject=subject)
+    card = card_of(assembly, flight, subject=subject, trained=trained)
     findings = [asdict(finding) for finding in diagnose(card)]
     report.write(run.path, card.to_dict() | {"findings": findings}, lang=lang)
+
+
+def _trained(flight: Preflight, steps: Sequence[dict[str, Any]]) -> tuple[Sequence[Row], int | None]:
+    """Return rows that were trained, and how many there were; None if these are all."""
+    feed = flight.prepared.feed
+    if feed is None:
+        return flight.prepared.train, None
+    num_trained = sum(step["rows"] for step in steps)
+    rows = feed.first(num_trained, batch_size=steps[0]["rows"])
+    return rows, round(num_trained / max(steps[-1]["epoch"], 1))
 
 
 def _take_steps(
@@ -226,7 +248,7 @@ def _take_steps(
             for event in assembly.sampler.begin() if start == 0 else ():
                 teller.tell(event)
             for event in loop.run(
-                saver.flight.prepared.train,
+                saver.flight.prepared.to_train,
                 start=start,
                 evaluate=assembly.evaluate,
                 save=save,
@@ -236,7 +258,7 @@ def _take_steps(
                 step = event["step"] if event["kind"] in TAKEN else step
                 for one in chain((event,), watch.see(event), assembly.sampler.see(event)):
                     teller.tell(one)
-        except (NumericsError, MachineError):
+        except (NumericsError, MachineError, UserError):
             # The weights are still those of the last step: nothing of it need be lost.
             if step > saved:
                 with suppress(TruetuneError, OSError):

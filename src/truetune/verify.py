@@ -15,7 +15,7 @@ from truetune.console import Console
 from truetune.disk import damage
 from truetune.errors import TruetuneError, UserError
 from truetune.preflight import preflight
-from truetune.records import Row
+from truetune.records import Row, RowStream
 from truetune.rundir import RunDir
 
 TOLD = ("step", "skipped", "eval")
@@ -104,7 +104,7 @@ def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
         checkpoint.check_identity(path, assembly.state.identity)
         checkpoint.load(path, assembly.state)
     differences, num_compared, end = [], 0, start
-    for event in _taken(assembly, flight.prepared.train, start=start, num_steps=num_steps):
+    for event in _taken(assembly, flight.prepared.to_train, start=start, num_steps=num_steps):
         end = event["step"]
         then = told.get((event["kind"], end), {})
         num_compared += sum(name in event for name in COMPARED)
@@ -119,7 +119,9 @@ def retake(run: RunDir, num_steps: int, *, lang: str = "en") -> Retaken:
     return Retaken(start, num_steps, num_compared, has_state, next(iter([*differences, *filter(None, [other])]), None))
 
 
-def _taken(assembly: Assembly, rows: Sequence[Row], *, start: int, num_steps: int) -> Iterator[dict[str, Any]]:
+def _taken(
+    assembly: Assembly, rows: Sequence[Row] | RowStream, *, start: int, num_steps: int
+) -> Iterator[dict[str, Any]]:
     """Yield what `_told` yields, of steps that are taken now."""
     loop, count = assembly.loop, itertools.count(1)
     loop.plan = replace(loop.plan, max_skipped=num_steps, save_steps=start + num_steps + 1)

@@ -29,6 +29,7 @@ NO_KEYS = {
     *("train.arrow", "eval.arrow", "check.html", "report.json", "report.md", "report.html", "chat.jsonl"),
     "chat.completion",
     "chat.completion.chunk",
+    *("tune.html", "tune.md", "tune.json"),
 }
 # The same in both languages: nothing in them is a word of either.
 SAME = {

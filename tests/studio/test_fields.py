@@ -24,6 +24,7 @@ def test_every_key_has_a_field(lang: str) -> None:
     assert kinds["train_on"] == ("choice", ["all_turns", "last_turn"])
     assert kinds["template"] == ("choice", ["chatml", "instruction-response"])
     assert kinds["gradient_checkpointing"] == ("choice", ["auto", "true", "false"])
+    assert kinds["streaming"] == ("bool", [])
     assert kinds["target_modules"][0] == "list"
 
 
@@ -39,7 +40,7 @@ def test_every_choice_is_taken() -> None:
 
 def test_recipes_are_the_examples_without_their_files() -> None:
     found = presets()
-    assert len(found) == 5
+    assert len(found) == 7
     for preset in found:
         values, _ = load_yaml(examples_folder() / f"{preset['name']}.yaml")
         assert preset["values"] == {key: value for key, value in values.items() if key not in NOT_IN_A_RECIPE}

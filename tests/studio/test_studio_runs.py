@@ -12,7 +12,7 @@ import pytest
 from truetune.errors import UserError
 from truetune.lock import RunLock
 from truetune.rundir import RunDir, outcome
-from truetune.studio.runs import Runs
+from truetune.studio.runs import Runs, row_places
 
 
 def test_a_run_is_what_the_command_line_says(page: Any, home: Path) -> None:
@@ -81,3 +81,19 @@ def test_a_run_that_was_cut_back_is_told_as_it_is(home: Path, tmp_path: Path) ->
 
 def test_nobody_is_stopped_who_does_not_write(page: Any) -> None:
     assert page.post("runs/one/stop", status=400)["error"]["key"] == "studio_not_running"
+
+
+def test_streamed_rows_are_told_by_their_places(tmp_path: Path) -> None:
+    """They are not kept with the run, so the page says where they stand."""
+    run = RunDir(tmp_path / "one")
+    run.path.mkdir()
+    for step in (1, 10, 2):
+        run.append_step_rows(step, [step], places=[f"rows.jsonl:{step}"])
+    run.append_step_rows(3, [7])
+    assert [row_places(run, step) for step in (1, 2, 10, 3, 4)] == [
+        ["rows.jsonl:1"],
+        ["rows.jsonl:2"],
+        ["rows.jsonl:10"],
+        [],
+        [],
+    ]

@@ -55,7 +55,8 @@ def command(lang: str) -> click.Command:
         **values: Any,
     ) -> int:
         json_file, html_file, store = (values.pop(name) for name in ("json_file", "html_file", "store"))
-        settings = resolve(given(values, data), Path(config_file) if config_file else None)
+        # Every row is checked here, also of what will be streamed.
+        settings = resolve(given(values, data), Path(config_file) if config_file else None).replaced(streaming=False)
         from truetune.console import Console
         from truetune.preflight import preflight, require_usable, show_refused, show_report
 
@@ -123,15 +124,20 @@ def _measure(settings: Settings, flight: Preflight, console: Console) -> dict[st
 
 def _show(what: str, flight: Preflight, console: Console) -> None:
     """Print the rows asked for, learned tokens coloured."""
+    import numpy as np
+
     from truetune.preflight import show_refused
 
-    rows = [*flight.prepared.train, *flight.prepared.held_out]
+    prepared = flight.prepared
+    # Both sides are of one file; of all its rows only those that are shown are read.
+    rows = prepared.train.chosen(np.sort(np.concatenate([prepared.train.numbers, prepared.held_out.numbers])))
     if what == "refused":
-        show_refused(flight.prepared.report, console, limit=None)
+        show_refused(prepared.report, console, limit=None)
     elif what == "longest":
-        _show_rows(sorted(rows, key=lambda row: -max(map(len, row.pairs)))[:1], flight, console)
+        longest = int(rows.longest_pairs().argmax()) if len(rows) else 0
+        _show_rows(rows[longest : longest + 1], flight, console)
     elif what.isdecimal() and what.isascii():
-        _show_rows(sorted(rows, key=lambda row: row.index)[: int(what)], flight, console)
+        _show_rows(rows[: int(what)], flight, console)
     else:
         raise UserError("show", where="--show", fix="show", value=what)
 

@@ -25,8 +25,26 @@ from truetune.data.turns import is_target
 from truetune.errors import RowError
 from truetune.records import Conversation, Pair, RawRow, Row
 
+BATCH_ROWS = 512
+"""Rows that are rendered, and then encoded, together."""
+
 Tokens = list[tuple[Encoded, Encoded]]
 """(prompt, rest) of every draft of a batch, in order."""
+
+
+class OneShape:
+    """Refuses recognised rows of another format than the file's first one. `first`: that one, None before it."""
+
+    def __init__(self, first: str | None = None) -> None:
+        self.first = first
+
+    def checked(self, raw: RawRow | RowError) -> RawRow | RowError:
+        """Return the row, or why it is refused."""
+        name = format_of(raw) if isinstance(raw, RawRow) else None
+        self.first = self.first or name
+        if name in (None, self.first):
+            return raw
+        return RowError("row_other_shape", where=raw.where, fix="row_other_shape", found=name, first=self.first)
 
 
 @dataclass(frozen=True)

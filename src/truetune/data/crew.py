@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
@@ -61,7 +61,7 @@ class Crew:
             helper.close()
         self._encoder.shutdown(cancel_futures=True)
 
-    def prepare(self, jobs: Iterable[Job]) -> Iterator[Done]:
+    def prepare(self, jobs: Iterable[Job]) -> Generator[Done, None, None]:
         """Yield the batches of jobs, prepared, in order."""
         underway: deque[Callable[[], Done]] = deque()
         with _rare_collections():

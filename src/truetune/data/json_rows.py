@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any, NoReturn
 
+from truetune.data.mark import Cursor, Mark
 from truetune.errors import RowError, UserError
 from truetune.records import RawRow
 
@@ -54,32 +55,41 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constan
 _LENIENT = json.JSONDecoder(parse_int=str)
 
 
-def read_json(name: str, stream: IO[bytes], *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
+def read_json(
+    name: str, stream: IO[bytes], *, encoding: str = "utf-8", cursor: Cursor | None = None
+) -> Iterator[RawRow | RowError]:
     """Yield each row of a JSON array or of JSON lines (seen from the content), or why it is refused.
 
     `name`: the file's, for `where`. A fault inside one line of JSON lines refuses that line; a fault of an array ends
-    the reading.
+    the reading. `cursor`: where to go on, if not at the beginning; it moves along.
 
     Raises: UserError if the file as a whole cannot be read: empty, another encoding, no JSON.
     """
-    window = _Window(name, stream, encoding)
+    cursor = cursor or Cursor()
+    window = cursor.window = _Window(name, stream, encoding, start=cursor.start)
     window.skip_blank()
-    if not window.rest():
-        raise UserError("data_empty", where=name, fix="data_empty")
-    yield from _read_array(window) if window.rest() == "[" else _read_lines(window)
+    if not cursor.start.byte:
+        if not window.rest():
+            raise UserError("data_empty", where=name, fix="data_empty")
+        cursor.is_array = window.rest() == "["
+    yield from (_read_array if cursor.is_array else _read_lines)(window, cursor)
 
 
 class _Window:
     """The text between what was read and what was given out. `text[position:]` comes next."""
 
-    def __init__(self, name: str, stream: IO[bytes], encoding: str) -> None:
+    def __init__(self, name: str, stream: IO[bytes], encoding: str, *, start: Mark) -> None:
         self.name, self.encoding = name, encoding
         self.text, self.position, self.is_end = "", 0, False
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)("strict")
-        self._num_bytes = 0
+        self._num_bytes = start.byte
         # Where `text` starts in the file, and up to where lines were counted.
-        self._column, self._line, self._counted = 0, 1, 0
+        self._column, self._line, self._counted = start.column, start.line, 0
+        if start.byte:
+            stream.seek(start.byte)
+            self._take(stream.read(CHUNK_BYTES))
+            return
         first = stream.read(max(CHUNK_BYTES, len(codecs.BOM_UTF8)))
         if first[:2] in (b"\xff\xfe", b"\xfe\xff") and encoding == "utf-8":
             raise UserError("data_utf16", where=name, fix="data_utf16", path=name)
@@ -160,6 +170,13 @@ class _Window:
         self._counted = self.position
         return self._line
 
+    def place(self) -> tuple[int, int, int]:
+        """Return the bytes of the file, the line and the characters of it before `position`."""
+        num_unused = len(self._decoder.getstate()[0]) + len(self.text[self.position :].encode(self.encoding))
+        start = self.text.rfind("\n", 0, self.position)
+        column = self.position - start - 1 if start >= 0 else self._column + self.position
+        return self._num_bytes - num_unused, self.line_number(), column
+
     def where(self, at: int | None = None) -> str:
         """Return "file:line" of `position`, or "file:line:column" of a place `at` behind it in `text`."""
         if at is None:
@@ -213,24 +230,27 @@ def _is_gbk(line: bytes) -> bool:
     return False
 
 
-def _read_array(window: _Window) -> Iterator[RawRow | RowError]:
-    """Walk the elements of a top-level array."""
-    number, last_place = 0, ""
-    window.position += 1
-    window.skip_blank()
-    if window.rest() == "]":
-        raise UserError("data_empty", where=window.name, fix="data_empty")
+def _read_array(window: _Window, cursor: Cursor) -> Iterator[RawRow | RowError]:
+    """Walk the elements of a top-level array, from the one behind the cursor's start on."""
+    number = cursor.start.rows if cursor.start.byte else 0
+    if number == 0:
+        window.position += 1
+        window.skip_blank()
+        if window.rest() == "]":
+            raise UserError("data_empty", where=window.name, fix="data_empty")
     while True:
+        if number:
+            window.skip_blank()
+            if window.rest() != ",":
+                break
+            window.position += 1
+            window.skip_blank()
         number += 1
         # Several rows on one line (json.dump writes all on the first): the number tells them apart.
         place = window.where()
-        where, last_place = f"{place}#{number}" if last_place == place else place, place
+        where = f"{place}#{number}" if cursor.last_place == place else place
+        cursor.last_place = place
         yield _row_at(window, where, number)
-        window.skip_blank()
-        if window.rest() != ",":
-            break
-        window.position += 1
-        window.skip_blank()
     if window.rest() != "]":
         raise _not_json(window, json.JSONDecodeError("expected , or ]", window.text, window.position), number)
     window.position += 1
@@ -255,12 +275,12 @@ def _row_at(window: _Window, where: str, number: int) -> RawRow | RowError:
         return RowError("row_not_json", where=where, fix=fix, problem=str(error), context="")
 
 
-def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
-    """Read JSON lines; a single object over several lines is one row.
+def _read_lines(window: _Window, cursor: Cursor) -> Iterator[RawRow | RowError]:
+    """Read JSON lines, from the one behind the cursor's start on; a single object over several lines is one row.
 
     Raises: UserError if the first line is nothing like a row: then the file is something else.
     """
-    number = 0
+    number = cursor.start.rows if cursor.start.byte else 0
     while window.rest():
         line = window.line()
         content = line.strip(_WHITESPACE)
@@ -275,8 +295,8 @@ def _read_lines(window: _Window) -> Iterator[RawRow | RowError]:
         row = _row_of(window, content, record=number if may_be_cut else None)
         if number == 1 and isinstance(row, RowError) and row.key == "row_not_json" and not content.startswith("{"):
             raise UserError("data_not_json", where=row.where, fix=row.fix, **row.values)
-        yield row
         window.position += len(line)
+        yield row
         window.skip_blank()
 
 

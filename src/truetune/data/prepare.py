@@ -15,24 +15,21 @@ from pathlib import Path
 import numpy as np
 
 from truetune.config import Config, cache_dir
-from truetune.data.batches import Job, Preparer
+from truetune.data.batches import BATCH_ROWS, Job, OneShape, Preparer
 from truetune.data.crew import Crew
-from truetune.data.formats import format_of
+from truetune.data.feed import Feed
 from truetune.data.report import make_report
 from truetune.data.sources import Source, find_files, read_rows, state_of
 from truetune.data.store import RowWriter, StoredRows
 from truetune.data.tally import Tally
 from truetune.data.template import Renderer
 from truetune.engine.order import Mix
-from truetune.errors import RowError, UserError
-from truetune.records import RawRow, Report
+from truetune.errors import UserError
+from truetune.records import Report, Row
 
 MIN_HELD_OUT, MAX_HELD_OUT = 8, 500
 # Fewer rows than this and a held-out part would cost more than it tells.
 MIN_ROWS_TO_HOLD_OUT = 32
-
-BATCH_ROWS = 512
-"""Rows that are rendered, and then encoded, together."""
 
 MAX_CACHED = 8
 """Prepared files that are kept in the cache; the oldest goes first."""
@@ -50,13 +47,22 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows to train on, rows held out, and the report about both. `mix`: how often which rows come, if not once."""
+    """Rows to train on, rows held out, and the report about both. `mix`: how often which rows come, if not once.
+
+    `feed`: where the rows to train on come from, if they are streamed; `train` then holds the first ones.
+    """
 
     train: StoredRows
     held_out: StoredRows
     report: Report
     data_hash: str
     mix: Mix | None = None
+    feed: Feed | None = None
+
+    @property
+    def to_train(self) -> Sequence[Row] | Feed:
+        """What the loop takes its rows from."""
+        return self.train if self.feed is None else self.feed
 
 
 def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress: Progress | None = None) -> Prepared:
@@ -68,7 +74,7 @@ def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress
         counts = {"weights": len(config.data_weights), "names": len(config.data)}
         raise UserError("data_weights", where="data_weights", fix="data_weights", **counts)
     files = find_files([*config.data, *config.eval_data], hub=config.hub)
-    rows, tally = _stored(files, config, renderer, on_progress or (lambda _: None))
+    rows, tally = stored_rows(files, config, renderer=renderer, on_progress=on_progress or (lambda _: None))
     is_held_out = rows.of_rows("source") >= len(config.data)
     if not config.eval_data:
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
@@ -102,8 +108,8 @@ def split(prompt_hashes: np.ndarray, *, fraction: float, seed: int) -> np.ndarra
     return np.isin(group_of_row, chosen)
 
 
-def _stored(
-    files: Sequence[Source], config: Config, renderer: Renderer, on_progress: Progress
+def stored_rows(
+    files: Sequence[Source], config: Config, *, renderer: Renderer, on_progress: Progress
 ) -> tuple[StoredRows, Tally]:
     """Return the prepared rows of the files: those of an earlier time if nothing that matters has changed since."""
     folder = cache_dir() / "prepared"
@@ -174,23 +180,12 @@ def _prepare_rows(
 
 def _jobs(files: Sequence[Source], encoding: str) -> Iterator[Job]:
     """Yield the rows of the files in batches."""
-    raws = ((file.entry, raw) for file in files for raw in _one_shape(file, encoding))
+    shapes = ((file, OneShape()) for file in files)
+    raws = ((file.entry, shape.checked(raw)) for file, shape in shapes for raw in read_rows(file, encoding=encoding))
     index = 0
     while some := list(islice(raws, BATCH_ROWS)):
         yield Job(index, some)
         index += len(some)
-
-
-def _one_shape(file: Source, encoding: str) -> Iterator[RawRow | RowError]:
-    """Yield the rows of a file; a recognised row of another format than the first one is refused."""
-    first = None
-    for raw in read_rows(file, encoding=encoding):
-        name = format_of(raw) if isinstance(raw, RawRow) else None
-        first = first or name
-        if name not in (None, first):
-            yield RowError("row_other_shape", where=raw.where, fix="row_other_shape", found=name, first=first)
-        else:
-            yield raw
 
 
 def hash_files(files: Iterable[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ def make_report(
 
 def num_steps(config: Config, num_rows: int) -> int:
     """Return the optimizer steps of a run: the last, smaller batch of an epoch is kept."""
+    if config.streaming and config.max_steps:
+        return config.max_steps
     per_epoch = -(-num_rows // config.rows_per_step)
     # Rounded before it is rounded up: 100 x 1.1 is 110.00000000000001.
     total = math.ceil(round(per_epoch * config.num_train_epochs, 6))
@@ -82,7 +85,9 @@ def as_refusal(error: RowError, lang: str) -> Refusal:
 
 def _num_other_answers(prompts: np.ndarray, rows: np.ndarray) -> int:
     """Return how many rows have a prompt that another row answers otherwise."""
-    distinct = np.unique(np.stack([prompts, rows]), axis=1)[0] if len(prompts) else prompts
+    # Equal rows have equal prompts, so that one number a row is sorted, not a pair of them.
+    _, firsts = np.unique(rows, return_index=True)
+    distinct = prompts[firsts]
     found, counts = np.unique(distinct, return_counts=True)
     return int(np.isin(prompts, found[counts > 1]).sum())
 
@@ -91,8 +96,8 @@ def _count_trie_tokens(config: Config, sides: Sides, mix: Mix | None) -> int:
     """Count common prefixes once in each step of the first epoch, and in the held-out rows."""
     train, held_out = sides
     steps = epoch_batches(len(train), config.rows_per_step, seed=config.seed, epoch=0, mix=mix)
-    batches = [train.chosen(train.numbers[step]) for step in steps] + [held_out]
-    return sum(count_prefixes(batch.sequences()) for batch in batches)
+    batches = (train.chosen(train.numbers[step]) for step in steps)
+    return sum(count_prefixes(batch.sequences()) for batch in chain(batches, [held_out]))
 
 
 def _notes(config: Config, renderer: Renderer, *, tally: Tally, lang: str) -> Iterator[str]:

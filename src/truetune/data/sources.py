@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from truetune.data.dataset_info import FILE_NAME, Names, read_info
 from truetune.data.json_rows import read_json
+from truetune.data.mark import Cursor
 from truetune.errors import RowError, UserError
 from truetune.hub import fetch
 from truetune.records import RawRow
@@ -39,6 +41,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 HELD_OUT = {"test", "valid", "validation", "val", "dev", "eval", "evaluation"}
 NO_ROWS = {FILE_NAME, "dataset_infos.json"}
 MAX_FIELD_CHARS = 100_000_000
+PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -138,32 +141,39 @@ def _missing(path: Path) -> UserError:
     return UserError("data_missing", where=str(path), fix="data_missing", folder=str(path.parent.resolve()))
 
 
-def read_rows(source: Source, *, encoding: str = "utf-8") -> Iterator[RawRow | RowError]:
-    """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, text (packed, too) or Parquet.
+def read_rows(source: Source, *, encoding: str = "utf-8", cursor: Cursor | None = None) -> Iterator[RawRow | RowError]:
+    """Yield each row of a file, or why it is refused: JSON, JSON lines, CSV, text (all packed, too) or Parquet.
+
+    `cursor`: where to go on, if not at the beginning; it moves along.
 
     Raises: UserError if the file as a whole cannot be read, or changes while it is read.
     """
-    names = source.names
-    for row in _read_file(source.path, encoding):
+    names, cursor = source.names, cursor or Cursor()
+    for row in _read_file(source.path, encoding, cursor):
+        cursor.rows += 1
         yield row if names is None or isinstance(row, RowError) else RawRow(row.where, names.known(row.value))
 
 
-def _read_file(path: Path, encoding: str) -> Iterator[RawRow | RowError]:
+def _read_file(path: Path, encoding: str, cursor: Cursor) -> Iterator[RawRow | RowError]:
     before = state_of(path)
     kind = _kind(path)
     if kind in REFUSED_SUFFIXES:
         raise UserError("data_kind", where=str(path), fix=REFUSED_SUFFIXES[kind], kind=kind, path=str(path))
     try:
         if kind == ".parquet":
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, start=cursor.rows)
         else:
             with _open(path) as stream:
                 if kind in (".csv", ".tsv"):
-                    yield from _read_csv(path, stream, encoding, delimiter="\t" if kind == ".tsv" else ",")
+                    rows = _read_csv(path, stream, encoding, delimiter="\t" if kind == ".tsv" else ",")
+                    yield from islice(rows, cursor.rows, None)
                 elif kind in TEXTS:
-                    yield _read_text(path, stream, encoding)
+                    yield from [_read_text(path, stream, encoding)][cursor.rows :]
+                elif encoding == "utf-8" and path.suffix.lower() not in COMPRESSIONS:
+                    yield from read_json(str(path), stream, cursor=cursor)
                 else:
-                    yield from read_json(str(path), stream, encoding=encoding)
+                    # Where characters are no fixed bytes of the file, rows are counted.
+                    yield from islice(read_json(str(path), stream, encoding=encoding), cursor.rows, None)
     except (OSError, EOFError, pa.ArrowException) as error:
         raise UserError("data_unreadable", where=str(path), fix="data_unreadable", problem=error) from None
     if state_of(path) != before:
@@ -282,14 +292,19 @@ def _csv_rows(path: Path, reader: Any, delimiter: str) -> Iterator[RawRow | RowE
             yield RowError("row_csv_fields", where=where, fix="row_csv_fields", **counts)
 
 
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    """Read the rows of a Parquet file; "file:number" of the row, since there are no lines."""
+def _read_parquet(path: Path, *, start: int) -> Iterator[RawRow]:
+    """Read the rows of a Parquet file behind the first `start`; "file:number" of the row, since there are no lines."""
     from pyarrow import parquet
 
-    number = 0
     with parquet.ParquetFile(str(path)) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = list(accumulate(sizes))
+        groups = [group for group, end in enumerate(ends) if end > start]
+        number = ends[groups[0]] - sizes[groups[0]] if groups else start
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups) if groups else ():
+            num_skipped = min(max(start - number, 0), len(batch))
+            number += num_skipped
+            for value in batch.slice(num_skipped).to_pylist():
                 number += 1
                 # A column that a row does not fill is null: the same as if the row had no such key.
                 yield RawRow(f"{path}:{number}", _without_nulls(value))

@@ -11,7 +11,7 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,13 +168,17 @@ class _Records:
         return tuple(values[offsets[record] : offsets[record + 1]].tolist())
 
 
-class _File:
-    """An Arrow file of rows, mapped into memory."""
+def _mapped(path: Path) -> list[_Records]:
+    """Return the batches of an Arrow file, mapped into memory."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        return [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
 
-    def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            batches = [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+
+class _File:
+    """Batches of rows: those of an Arrow file, or a few in memory."""
+
+    def __init__(self, batches: list[_Records]) -> None:
         self.batches = batches
         self._columns: dict[str, np.ndarray] = {}
         self.batch_starts = np.cumsum([0, *(len(batch.rows) for batch in batches)]).tolist()
@@ -241,8 +245,13 @@ class StoredRows(Sequence[Row]):
     ) -> None:
         self.path = path
         self.is_compared = is_compared
-        self._file = file or _File(path)
+        self._file = file or _File(_mapped(path))
         self.numbers = np.arange(len(self._file.starts) - 1) if numbers is None else numbers
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[pa.RecordBatch]) -> StoredRows:
+        """Return rows that are in memory alone."""
+        return cls(Path(), file=_File([_Records(batch) for batch in batches if len(batch)]))
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 LANGUAGES = ("en", "zh")
-PARTS = ("", "_faults", "_full", "_kinds", "_preference", "_ranks", "_report", "_studio")
+PARTS = ("", "_faults", "_full", "_kinds", "_preference", "_ranks", "_report", "_stream", "_studio", "_tune")
 """The files of each language: the screen's, and one for each larger part."""
 
 

@@ -57,7 +57,7 @@ from truetune.studio.door import HEADERS, LANG_COOKIE, lang_of
 from truetune.studio.jobs import Jobs
 from truetune.studio.live import live
 from truetune.studio.places import Places
-from truetune.studio.runs import Runs
+from truetune.studio.runs import Runs, row_places
 from truetune.studio.talk import Talk
 
 STATUS = {"studio_outside": 403, "studio_missing": 404, "studio_step": 404, "studio_no_rows": 404, "no_folder": 404}
@@ -236,7 +236,8 @@ def _runs(studio: Studio, app: FastAPI) -> None:
 
     def step(name: str, step: int) -> Response:
         run, event, row_ids = studio.runs.step(name, step)
-        return JSONResponse({"event": event, "rows": studio.stores.of_step(run.data, row_ids)})
+        rows = studio.stores.of_step(run.data, row_ids)
+        return JSONResponse({"event": event, "rows": rows, "places": row_places(run, step)})
 
     def events(request: Request, name: str, after: int = -1) -> Response:
         seen = request.headers.get("last-event-id", "")

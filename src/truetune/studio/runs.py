@@ -130,7 +130,7 @@ class Runs:
         """
         run = self.run(name)
         found = self.log(run).columns()
-        steps, row_ids = found["step"], _row_ids(run.steps, step)
+        steps, row_ids = found["step"], _step_line(run.steps, step).get("rows")
         at = int(np.searchsorted(steps, step))
         if at >= len(steps) or steps[at] != step or row_ids is None:
             raise UserError("studio_step", where=f"{name}, {step}", fix="studio_step", count=len(steps))
@@ -175,15 +175,21 @@ def _plain(values: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def _row_ids(path: Path, step: int) -> list[int] | None:
-    """Return the row ids of a step. Lines are in the order of their steps: the wanted one is found by its start."""
+def row_places(run: RunDir, step: int) -> list[str]:
+    """Return where the rows of a step stand in their files: told of streamed ones, which are not kept."""
+    return list(_step_line(run.steps, step).get("where", []))
+
+
+def _step_line(path: Path, step: int) -> dict[str, Any]:
+    """Return the line of a step in steps.jsonl, {} if there is none. Lines are found by their starts."""
     start = f'{{"step": {step},'.encode()
     try:
         with path.open("rb") as file:
             found = next((line for line in file if line.startswith(start)), b"")
-        return list(json.loads(found)["rows"])
+        line: dict[str, Any] = json.loads(found)
     except (OSError, ValueError):
-        return None
+        return {}
+    return line
 
 
 def _config(path: Path) -> dict[str, Any]:

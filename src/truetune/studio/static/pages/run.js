@@ -116,7 +116,8 @@ function StepRows({ name, step, last, onStep }) {
     <${Fault} error=${error} />
     ${value && html`<div class=${isWaiting ? "waiting" : ""}><${Tiles} tiles=${[[t("loss"), number(event.loss)], [t("grad_norm"), number(event.grad_norm)], [t("learning_rate"), number(event.learning_rate)],
       [t("rows"), whole(event.rows)], [t("learned_tokens"), whole(event.learned_tokens)], [t("time"), duration(event.seconds)]]} />
-      <${Rows} rows=${value.rows} /></div>`}</section>`;
+      <${Rows} rows=${value.rows} />
+      ${value.rows.length < (value.places ?? []).length && html`<ul class="soft places">${value.places.map((place, at) => html`<li key=${at}>${place}</li>`)}</ul>`}</div>`}</section>`;
 }
 
 // What happened besides steps: how it began and ended, and what it noticed about itself.
