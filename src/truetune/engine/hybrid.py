@@ -24,10 +24,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from truetune.engine.branches import Branches
-
-MAX_CHUNK = 64
-"""Steps that a recurrence computes at once, as in transformers; a shorter segment is one chunk."""
-
+from truetune.engine.delta import delta_rule
 
 class BranchingMixer(torch.nn.Module):
     """A layer that mixes tokens through the functions of `KERNELS`."""
@@ -157,14 +154,29 @@ def _scan(branches: Branches, run: Run, *inputs: torch.Tensor) -> torch.Tensor:
         ends = []
         for group in wave:
             rows = [piece.unflatten(0, (group.num_segments, group.num_steps)) for piece in next(pieces)]
-            begin = None if group.parents_S is None or states is None else states.index_select(0, group.parents_S)
+            begin = None if states is None else states.index_select(0, group.parents_S)
             out, end = run(rows, begin)
             outputs.append(out.flatten(0, 1))
-            if group.is_parent:
+            if group.ends is not None:
                 ends.append(end)
         states = torch.cat(ends) if ends else None
     out_N: torch.Tensor = _Unpack.apply(torch.cat(outputs), branches)
     return out_N[None]
+
+
+def _scalar_delta_rule(
+    branches: Branches,
+    own: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The gated delta rule with one decay a head."""
+    if not kwargs.get("use_qk_l2norm_in_kernel"):
+        return _delta_rule(branches, own, query, key, value, **kwargs)
+    inputs, gates = (query[0], key[0], value[0]), (kwargs["g"][0], kwargs["beta"][0])
+    return delta_rule(inputs, gates, branches=branches)[None], None
 
 
 def _delta_rule(
@@ -180,7 +192,7 @@ def _delta_rule(
 
     def run(rows: list[torch.Tensor], begin: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v, g_ST, beta_ST = rows
-        more = {"initial_state": begin, "output_final_state": True, "chunk_size": min(q.shape[1], MAX_CHUNK)}
+        more = {"initial_state": begin, "output_final_state": True, "chunk_size": q.shape[1]}
         return own(q, k, v, **(kwargs | {"g": g_ST, "beta": beta_ST} | more))
 
     return _scan(branches, run, query, key, value, g, beta), None
@@ -204,11 +216,10 @@ def _state_space(
         dt = F.softplus(dt)
     least, most = kwargs.pop("dt_limit", (0.0, float("inf")))
     dt = torch.clamp(dt, min=least, max=most)
-    most_steps = kwargs.pop("chunk_size")
 
     def run(rows: list[torch.Tensor], begin: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x, dt_ST, b, c = rows
-        more = {"initial_states": begin, "return_final_states": True, "chunk_size": min(x.shape[1], most_steps)}
+        more = {"initial_states": begin, "return_final_states": True, "chunk_size": x.shape[1]}
         return own(x, dt_ST, A, b, c, **(kwargs | more))
 
     return _scan(branches, run, hidden_states, dt, B, C)
@@ -221,7 +232,7 @@ def _not_at_once(*_: Any, **__: Any) -> None:
 # What layers call (transformers 5.23) → what stands in its place: (branches, the layer's own function, its arguments).
 KERNELS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolve,
-    "torch_chunk_gated_delta_rule": _delta_rule,
+    "torch_chunk_gated_delta_rule": _scalar_delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _state_space,
     "mamba2_split_conv1d_scan_combined": _not_at_once,
