@@ -230,24 +230,24 @@ class _Part:
         x, y = (through_m * beta).to(dtype), through_a.to(dtype)
         grad_q, grad_k = y @ k, y.mT @ self.q + (x + x.mT) @ k
         raw_k, raw_q = k @ k.mT, self.q @ k.mT
-        weighed = x * raw_k + y * raw_q
-        grad_c = (weighed.sum(-1, dtype=torch.float32)).sub_(weighed.sum(-2, dtype=torch.float32))
+        # A step's decay lies between all that came before it and itself and all that comes behind.
+        weighed = (x * raw_k + y * raw_q).float()
+        grad_g = weighed.flip(-2).cumsum(-2).flip(-2).tril_(-1).sum(-1)
         grad_beta = torch.linalg.vecdot(grad_r, self.v.float()) + (through_m * raw_k).sum(-1)
         if end is not None:
             read = (u @ end.to(dtype).mT) * self.left[..., None]
             grad_k = grad_k + read
-            lost = torch.linalg.vecdot(read.float(), k.float())
-            grad_c.sub_(lost)
-            grad_c[..., -1] += lost.sum(-1)
+            told = torch.linalg.vecdot(read.float(), k.float())
+            grad_g += told.cumsum(-1).sub_(told)
         if states[0] is not None and states[1] is not None:
             asked = self.with_states(grad, states[0].mT) * self.decay[..., None]
             told = self.with_states(narrow, states[0].mT) * self.decay[..., None]
             grad_q, grad_k = grad_q + asked, grad_k - beta * told
             told_k = torch.linalg.vecdot(told.float(), k.float())
             grad_beta.sub_(told_k)
-            grad_c += torch.linalg.vecdot(asked.float(), self.q.float()).sub_(self.beta * told_k)
-            self._add_to_states(grad, narrow, states=(states[0], states[1]), end=end, grad_c=grad_c)
-        grad_g = grad_c.flip(-1).cumsum(-1).flip(-1)
+            grad_c = torch.linalg.vecdot(asked.float(), self.q.float()).sub_(self.beta * told_k)
+            grad_g += grad_c.flip(-1).cumsum(-1).flip(-1)
+            self._add_to_states(grad, narrow, states=(states[0], states[1]), end=end, grad_g=grad_g)
         return grad_q, grad_k, beta * grad_r, grad_g, grad_beta
 
     def _add_to_states(
@@ -257,9 +257,9 @@ class _Part:
         *,
         states: tuple[torch.Tensor, torch.Tensor],
         end: torch.Tensor | None,
-        grad_c: torch.Tensor,
+        grad_g: torch.Tensor,
     ) -> None:
-        """Add the gradients of the states to begin with, and, to `grad_c`, that of how much is left of them at the end."""
+        """Add the gradients of the states to begin with, and, to `grad_g`, that of how much is left of them at the end."""
         dtype = grad.dtype
         q = (self.q * self.decay[..., None]).to(dtype)
         k = (self.k * (self.decay * self.beta)[..., None]).to(dtype)
@@ -272,5 +272,5 @@ class _Part:
         if end is not None:
             left = self.decay[..., -1, None, None] * end
             begin = states[0].index_select(1, self.group.parents_S)
-            grad_c[..., -1] += (left * begin).sum((-2, -1))
+            grad_g += (left * begin).sum((-2, -1))[..., None]
             states[1].index_add_(1, self.group.parents_S, left)
