@@ -34,18 +34,35 @@ from truetune.records import Pair, pairs_of
 ROWS_PER_STEP, MAX_TOKENS = 32, 2048
 KINDS = ("trie", "padded")
 QWEN = {
-    **{"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2},
-    **{"head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16},
-    **{"layer_types": [*["linear_attention"] * 3, "full_attention"] * 2, "num_hidden_layers": 8},
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+    "num_hidden_layers": 8,
 }
 LFM = {
-    **{"hidden_size": 1024, "intermediate_size": 6656, "num_attention_heads": 16, "num_key_value_heads": 8},
-    **{"layer_types": ["conv", "conv", "full_attention", "conv"] * 2, "num_hidden_layers": 8},
+    "hidden_size": 1024,
+    "intermediate_size": 6656,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+    "num_hidden_layers": 8,
 }
 GRANITE = {
-    **{"hidden_size": 768, "shared_intermediate_size": 2048, "num_local_experts": 0, "num_attention_heads": 12},
-    **{"num_key_value_heads": 4, "mamba_n_heads": 48, "mamba_d_head": 32, "mamba_d_state": 128},
-    **{"layer_types": ["mamba", "mamba", "mamba", "attention"] * 2, "num_hidden_layers": 8},
+    "hidden_size": 768,
+    "shared_intermediate_size": 2048,
+    "num_local_experts": 0,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "mamba_n_heads": 48,
+    "mamba_d_head": 32,
+    "mamba_d_state": 128,
+    "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
+    "num_hidden_layers": 8,
 }
 SHAPES = {
     "qwen3.5": ("Qwen3_5TextConfig", QWEN),

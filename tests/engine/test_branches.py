@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tries import random_trie
-
 from truetune.engine import branches as module
 from truetune.engine.branches import Branches, cut
 from truetune.engine.trie import build_trie

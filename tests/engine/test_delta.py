@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from tests.tries import difference, path_by_path, random_trie, unlike_parents
-
 from truetune.engine import branches, delta
 from truetune.engine.delta import delta_rule
 from truetune.records import Trie
@@ -81,7 +80,11 @@ def test_half_precision_stays_near() -> None:
 
 
 FAULTS = {
-    "state at the padded end": (branches.Branches, "padding_of", lambda _self, _group: torch.zeros(0, dtype=torch.long)),
+    "state at the padded end": (
+        branches.Branches,
+        "padding_of",
+        lambda _self, _group: torch.zeros(0, dtype=torch.long),
+    ),
     "gradient through the state cut": (delta._Part, "_add_to_states", lambda *_, **__: None),
     "state of another parent": (
         delta._Part,

@@ -48,8 +48,16 @@ LINEAR = {
 }
 DELTA = {key: value for key, value in LINEAR.items() if key.startswith("linear_")}
 LATENT = {
-    **{"kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4},
-    **{"moe_intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
 }
 STATES = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
 MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
@@ -69,12 +77,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", SCALES),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
-        {**STATES, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0, "shared_intermediate_size": 32},
+        {
+            **STATES,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 32,
+        },
     ),
     "jamba": ("JambaConfig", {"num_experts": 1, "mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "kimi_linear": (
         "KimiLinearConfig",
-        {**LATENT, **MIXED, "linear_head_dim": 8, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        {
+            **LATENT,
+            **MIXED,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
     ),
     "lfm2": ("Lfm2Config", CONVOLVED),
     "lfm2_moe": ("Lfm2MoeConfig", {**EXPERTS, **CONVOLVED, "num_dense_layers": 1}),
@@ -86,8 +105,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronHConfig",
         {
-            **{"layers_block_type": ["mamba", "attention", "mlp", "mamba"], "num_hidden_layers": 4, "chunk_size": 16},
-            **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "head_dim": 8},
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+            "num_hidden_layers": 4,
+            "chunk_size": 16,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "head_dim": 8,
         },
     ),
     "olmo2": ("Olmo2Config", {}),
@@ -106,8 +131,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": (
         "Zamba2Config",
         {
-            **{"layers_block_type": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 4, "mamba_d_state": 8},
-            **{"num_key_value_heads": 4, "chunk_size": 16},
+            "layers_block_type": ["mamba", "hybrid", "mamba"],
+            "n_mamba_heads": 4,
+            "mamba_d_state": 8,
+            "num_key_value_heads": 4,
+            "chunk_size": 16,
         },
     ),
 }

@@ -113,9 +113,8 @@ class Layout:
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the same for FlexAttention: a key is seen if it is an ancestor, and within the window."""
         if window not in self._block_masks:
-            ends_N, positions_N = (
-                torch.from_numpy(x).to(self.device) for x in (self.trie.ends_N, self.trie.positions_N)
-            )
+            arrays = (self.trie.ends_N, self.trie.positions_N)
+            ends_N, positions_N = (torch.from_numpy(array).to(self.device) for array in arrays)
 
             def is_seen(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 is_ancestor = (k <= q) & (q < ends_N[k])

@@ -34,7 +34,7 @@ FREE_STEPS = 8
 
 @dataclass(frozen=True)
 class Siblings:
-    """Neighbours in a group, from `start` to before `stop`, that begin in the same state: the wave before's `parent`th."""
+    """Neighbours in a group, from `start` to before `stop`, that begin in one state: the wave before's `parent`th."""
 
     start: int
     stop: int

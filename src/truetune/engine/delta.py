@@ -40,21 +40,14 @@ def delta_rule(
     `gates`: g (at most 0) and beta, [N, H] each.
     """
     g, beta = (gate.float() for gate in gates)
-    out: torch.Tensor = _DeltaRule.apply(*inputs, g, beta, branches)
+    out: torch.Tensor = _DeltaRule.apply(branches, *inputs, g, beta)
     return out
 
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        g: torch.Tensor,
-        beta: torch.Tensor,
-        branches: Branches,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, branches: Branches, *inputs: torch.Tensor) -> torch.Tensor:
+        query, key, value, g, beta = inputs
         rows = _Rows(branches, *_units(query, key), value, g, beta)
         out = _room(value)
         states: torch.Tensor | None = None
@@ -70,7 +63,7 @@ class _DeltaRule(torch.autograd.Function):
                     ends.append(part.end(states, u))
                 ctx.us.append(u)
             states = torch.cat(ends, dim=1) if ends else None
-        ctx.save_for_backward(query, key, value, g, beta)
+        ctx.save_for_backward(*inputs)
         ctx.branches = branches
         return out[:-1]
 
@@ -92,7 +85,7 @@ class _DeltaRule(torch.autograd.Function):
             grad_ends = grad_states
         grad_query, grad_key, *others = (x[:-1] for x in grads)
         grad_query, grad_key = _units_gradient((grad_query, grad_key), query, key)
-        return grad_query, grad_key, *others, None
+        return None, grad_query, grad_key, *others
 
 
 def _room(x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +120,7 @@ def _units_gradient(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What tokens bring: query and key [N, G, K], value [N, H, V], g and beta [N, H]. A part of them: [H, S, L, ...]."""
+    """What tokens bring: query and key [N, G, K], value [N, H, V], g and beta [N, H]. A part of it: [H, S, L, ...]."""
 
     branches: Branches
     query: torch.Tensor
@@ -146,7 +139,7 @@ class _Rows:
         return part.unflatten(1, (group.num_segments, group.num_steps))
 
     def put(self, group: Group, part: torch.Tensor, *, into: torch.Tensor) -> None:
-        """Write a part [H, S, L, ...] to its nodes in `into` [N + 1, heads, ...]; heads of keys get the sum of theirs."""
+        """Write a part [H, S, L, ...] to its nodes in `into` [N + 1, heads, ...]; heads of keys get their sum."""
         num_heads, heads = into.shape[1], torch.arange(into.shape[1], device=into.device)[:, None]
         if num_heads != len(part):
             part = part.float().unflatten(0, (num_heads, -1)).sum(1)
@@ -259,15 +252,13 @@ class _Part:
         end: torch.Tensor | None,
         grad_g: torch.Tensor,
     ) -> None:
-        """Add the gradients of the states to begin with, and, to `grad_g`, that of how much is left of them at the end."""
+        """Add the gradients of the states to begin with, and to `grad_g` that of what is left of them at the end."""
         dtype = grad.dtype
         q = (self.q * self.decay[..., None]).to(dtype)
         k = (self.k * (self.decay * self.beta)[..., None]).to(dtype)
         for own in self.group.families:
             here = slice(own.start, own.stop)
-            asked, told = (
-                x[:, here].flatten(1, 2).mT @ y[:, here].flatten(1, 2) for x, y in ((q, grad), (k, grad_r))
-            )
+            asked, told = (x[:, here].flatten(1, 2).mT @ y[:, here].flatten(1, 2) for x, y in ((q, grad), (k, grad_r)))
             states[1][:, own.parent].add_(asked).sub_(told)
         if end is not None:
             left = self.decay[..., -1, None, None] * end

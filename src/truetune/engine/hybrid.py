@@ -5,7 +5,7 @@ transformers writes such a layer as projections around functions that mix tokens
 functions in their place that go along the trie:
 
     convolution   a node and its nearest ancestors, instead of the tokens to its left in the row
-    recurrence    each segment from the state in which the one before it ended (branches.py), and gradients back through it
+    recurrence    each segment from the state in which the one before it ended (branches.py), gradients back through it
 
 A layer that is fused gets another class, as in fused.py; without a trie its own forward computes, caches included.
 Nothing here knows a model family: what a layer calls decides, and the comparison before step 1 proves it.
@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 
 from truetune.engine.branches import Branches
 from truetune.engine.delta import delta_rule
+
 
 class BranchingMixer(torch.nn.Module):
     """A layer that mixes tokens through the functions of `KERNELS`."""
@@ -203,12 +204,11 @@ def _state_space(
     own: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
+    *maps: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Mamba 2. Padding has a time step of 0; so bias, softplus and limits are applied before it is padded."""
+    a, b, c = maps
     bias = kwargs.pop("dt_bias", None)
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
@@ -218,11 +218,11 @@ def _state_space(
     dt = torch.clamp(dt, min=least, max=most)
 
     def run(rows: list[torch.Tensor], begin: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        x, dt_ST, b, c = rows
+        x, dt_ST, b_ST, c_ST = rows
         more = {"initial_states": begin, "return_final_states": True, "chunk_size": x.shape[1]}
-        return own(x, dt_ST, A, b, c, **(kwargs | more))
+        return own(x, dt_ST, a, b_ST, c_ST, **(kwargs | more))
 
-    return _scan(branches, run, hidden_states, dt, B, C)
+    return _scan(branches, run, hidden_states, dt, b, c)
 
 
 def _not_at_once(*_: Any, **__: Any) -> None:
