@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from truetune.engine.branches import Branches, cut
 from truetune.engine.flash import MIN_FLASH_QUERIES, LongSegment, add_gradients, attend
 from truetune.records import Trie
 
@@ -112,9 +113,8 @@ class Layout:
     def block_mask(self, window: int | None) -> BlockMask:
         """Return the same for FlexAttention: a key is seen if it is an ancestor, and within the window."""
         if window not in self._block_masks:
-            ends_N, positions_N = (
-                torch.from_numpy(x).to(self.device) for x in (self.trie.ends_N, self.trie.positions_N)
-            )
+            arrays = (self.trie.ends_N, self.trie.positions_N)
+            ends_N, positions_N = (torch.from_numpy(array).to(self.device) for array in arrays)
 
             def is_seen(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 is_ancestor = (k <= q) & (q < ends_N[k])
@@ -123,6 +123,11 @@ class Layout:
             size = len(self.trie)
             self._block_masks[window] = create_block_mask(is_seen, None, None, size, size, device=str(self.device))
         return self._block_masks[window]
+
+    @cached_property
+    def branches(self) -> Branches:
+        """The same for layers that carry a state along (hybrid.py)."""
+        return cut(self.trie, self.device)
 
     def _chunk(self, group: list[_Block]) -> Chunk:
         num_queries_S1 = np.array([[block.num_queries] for block in group])

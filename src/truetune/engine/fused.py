@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from truetune.engine.hybrid import BranchingMixer, is_mixer
 from truetune.engine.lora import project
 
 BLOCK_VALUES = 1 << 18
@@ -118,6 +119,8 @@ def _mixin_of(layer: torch.nn.Module) -> tuple[type[torch.nn.Module] | None, dic
     if {child for child, _ in layer.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         x = torch.linspace(-4, 4, 9)
         return (FusedSwiGLU if torch.equal(layer.act_fn(x), F.silu(x)) else None), {}
+    if is_mixer(layer):
+        return BranchingMixer, {}
     return (FusedAttention if name in {f"{family}Attention" for family in ROTARY_ATTENTIONS} else None), {}
 
 
