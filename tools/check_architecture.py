@@ -42,9 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.lengths": {"errors", "records", "data.template", "data.turns"},
     "data.store": {"records"},
     "data.tally": {"errors"},
+    "data.duplicates": {"data.store"},
     "data.report": {
         *("config", "errors", "messages", "records"),
-        *("data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
+        *("data.duplicates", "data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
     },
     "data.batches": {
         *("config", "errors", "records"),

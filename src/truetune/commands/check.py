@@ -88,7 +88,7 @@ def command(lang: str) -> click.Command:
         help=text("command.check", lang),
         params=[
             click.Argument(["data"], nargs=-1),
-            click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
+            click.Option(["--show"], metavar="N|longest|refused|duplicates", help=text("help.show", lang)),
             click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
             click.Option(["--html", "html_file"], metavar="FILE", help=text("help.html", lang)),
@@ -127,12 +127,24 @@ def _show(what: str, flight: Preflight, console: Console) -> None:
     rows = [*flight.prepared.train, *flight.prepared.held_out]
     if what == "refused":
         show_refused(flight.prepared.report, console, limit=None)
+    elif what == "duplicates":
+        _show_duplicates(flight, console)
     elif what == "longest":
         _show_rows(sorted(rows, key=lambda row: -max(map(len, row.pairs)))[:1], flight, console)
     elif what.isdecimal() and what.isascii():
         _show_rows(sorted(rows, key=lambda row: row.index)[: int(what)], flight, console)
     else:
         raise UserError("show", where="--show", fix="show", value=what)
+
+
+def _show_duplicates(flight: Preflight, console: Console) -> None:
+    groups = flight.prepared.duplicates()
+    for group in groups:
+        hidden = group.count - len(group.others)
+        more = console.text("check.more_places", count=hidden) if hidden else ""
+        console.say("check.duplicate", where=group.where, count=group.count, places=", ".join(group.others), more=more)
+    if not groups:
+        console.say("check.no_duplicates")
 
 
 def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from truetune.config import Config, cache_dir
 from truetune.data.batches import Job, Preparer
 from truetune.data.crew import Crew
+from truetune.data.duplicates import Duplicates
 from truetune.data.formats import format_of
 from truetune.data.report import make_report
 from truetune.data.sources import Source, find_files, read_rows, state_of
@@ -57,6 +58,10 @@ class Prepared:
     report: Report
     data_hash: str
     mix: Mix | None = None
+
+    def duplicates(self) -> Duplicates:
+        """Return which rows, of both, are the same."""
+        return Duplicates(self.train, self.held_out)
 
 
 def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress: Progress | None = None) -> Prepared:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from truetune.config import Config
+from truetune.data.duplicates import Duplicates
 from truetune.data.store import StoredRows
 from truetune.data.tally import Tally
 from truetune.data.template import Renderer
@@ -37,7 +38,7 @@ def make_report(
     lengths = np.concatenate([side.lengths(0, 1) for side in sides])
     rows, prompts = (np.concatenate([side.of_rows(name) for side in sides]) for name in ("row_hash", "prompt_hash"))
     counts: dict[str, Any] = {
-        "exact_duplicates": len(rows) - len(np.unique(rows)),
+        "exact_duplicates": Duplicates(*sides).num_repeats,
         "other_answers": _num_other_answers(prompts, rows),
         "rows_overlapping": int(np.isin(held_out.of_rows("prompt_hash"), train.of_rows("prompt_hash")).sum()),
         "rows_cut": tally.num_cut,
