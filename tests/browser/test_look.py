@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from tests.browser.conftest import WIDTHS, Studio, until
-from truetune.cli import run as truetune
+from tests.browser.conftest import BIG_STEPS, SPIKE, WIDTHS, XSS, Studio, until
 from truetune.config import Config
 from truetune.data.store import StoredRows
 from truetune.messages import CATALOGUES
@@ -21,37 +18,8 @@ from truetune.rundir import RunDir
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 SERIOUS = ("serious", "critical")
-BIG_STEPS, SPIKE = 100_000, 70_123
 FIRST_PAGE_MS, DRAW_MS = 1000, 500
-XSS = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 HAN = re.compile("[\u4e00-\u9fff]")
-
-
-@pytest.fixture(scope="module")
-def run_name(studio: Studio, tiny_qwen: Path) -> str:
-    """A finished run of the tiny model, on rows that try to be markup, in a folder whose name tries, too."""
-    name = "<b>run <img src=x onerror=hit=1>"
-    rows = [{"instruction": f"What is {n}? {XSS}", "output": f"It is {n}. {XSS}"} for n in range(40)]
-    data = studio.home / "<i>rows.json"
-    data.write_text(json.dumps(rows), encoding="utf-8")
-    keys = ["--max-steps", "4", "--batch-size", "8", "--eval-steps", "2", "--dtype", "float32", "--lora-r", "2"]
-    out = studio.home / "runs" / name
-    assert truetune(["train", str(data), "--model", str(tiny_qwen), "--output-dir", str(out), *keys]) == 0
-    return name
-
-
-@pytest.fixture(scope="module")
-def big_run(studio: Studio, run_name: str) -> str:
-    """The same run with 100,000 steps in its events, and one spike."""
-    home = studio.home / "runs"
-    shutil.copytree(home / run_name, home / "big")
-    events = (home / run_name / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    step = next(event for event in map(json.loads, events) if event["kind"] == "step")
-    with (home / "big" / "events.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(1, BIG_STEPS + 1):
-            loss = 9.5 if number == SPIKE else 2 + math.exp(-number / 20_000) + 0.1 * math.sin(number)
-            file.write(json.dumps({**step, "step": number, "loss": loss}) + "\n")
-    return "big"
 
 
 def pages(name: str) -> dict[str, str]:
@@ -216,7 +184,9 @@ def test_zooming_asks_for_the_steps_zoomed_to(open_tab: Any, big_run: str, run_n
         for key, values in parse_qs(urlsplit(asked.value.url).query).items()
         if key in ("from", "to")
     }
-    assert 0.55 * BIG_STEPS < bounds["from"] < 0.65 * BIG_STEPS < bounds["to"] < 0.85 * BIG_STEPS
+    # What is in view, and half as much again on either side.
+    assert 0.45 * BIG_STEPS < bounds["from"] < 0.55 * BIG_STEPS
+    assert 0.85 * BIG_STEPS < bounds["to"] < 0.95 * BIG_STEPS
     page.get_by_role("button", name="Whole run").click()
     page.get_by_role("button", name="Whole run").wait_for(state="detached")
     # Another run over it.

@@ -223,7 +223,12 @@ def _rows(studio: Studio, app: FastAPI) -> None:
     def lengths(store: str) -> Response:
         return JSONResponse(studio.stores.lengths(studio.places.inside(store)))
 
-    listed = {"/api/rows": rows, "/api/refused": refused, "/api/duplicates": duplicates, "/api/lengths": lengths}
+    listed: dict[str, Callable[..., Response]] = {
+        "/api/rows": rows,
+        "/api/refused": refused,
+        "/api/duplicates": duplicates,
+        "/api/lengths": lengths,
+    }
     _get(app, listed)
 
 

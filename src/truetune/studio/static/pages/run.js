@@ -1,5 +1,5 @@
 // Runs, and one of them while it goes on or afterwards: curves, the rows behind a step, samples, report, what to do with it.
-import { html, useEffect, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { get, post } from "../api.js";
 import { anyText, baseName, bytes, duration, nearPath, number, t, whole } from "../text.js";
 import { Badge, Choice, Fault, Tiles, useAsked, usePolling } from "../parts/basics.js";
@@ -43,6 +43,9 @@ export function RunPage({ rest }) {
       if (event.kind === "state" && event.state !== run?.state) reload();
     },
   });
+  // Zoomed in, the numbers above the curve are still those of the whole run.
+  const latest = useRef(null);
+  if (!range && series) latest.current = series;
   const [fault, setFault] = useState(null);
   const [jobId, setJobId] = useState(null);
   const { job } = useJob(jobId);
@@ -64,7 +67,7 @@ export function RunPage({ rest }) {
       </span></div>
     <p class="soft">${[run.data].flat().map(baseName).join(", ")} · ${baseName(run.model)}</p>
     ${run.error && html`<p class="fault">${run.error}</p>`}
-    <${Progress} run=${run} series=${series} />
+    <${Progress} run=${run} series=${latest.current} />
     <${Choice} label=${t("parts")} options=${parts} value=${part} onChange=${(wanted) => { location.hash = `#/run/${encodeURIComponent(name)}/${wanted}`; }} />
     <${Fault} error=${fault ?? lost} />
     ${part === "curves" && series && html`<${Curves} name=${name} series=${series} range=${range} onZoom=${setRange} step=${step} onPick=${setStep}>
@@ -95,7 +98,7 @@ function Progress({ run, series }) {
   const perStep = middle("seconds");
   const tiles = [
     [t("step"), `${whole(last)} / ${whole(total)}`],
-    [t("loss"), number(series.loss.at(-1))],
+    [t("loss"), number(series.step.at(-1) >= (run.steps ?? 0) ? series.loss.at(-1) : run.loss)],
     [t("held_out_loss"), number(series.eval.at(-1)?.[1])],
     [t("rows_s"), number(middle("rows_per_s"), 3)],
     [t("tokens_s"), number(middle("tokens_per_s"), 3)],
