@@ -88,6 +88,32 @@ def test_the_studio_and_the_browser_may_be_killed(running: tuple[Any, Path], stu
     page.locator(".badge.stopped").wait_for(timeout=60_000)
 
 
+def test_two_tabs_tell_the_same(running: tuple[Any, Path], open_tab: Any) -> None:
+    """What one does is seen in the other; the run that both resume goes on once."""
+    tab, run = running
+    first, second = tab.page, open_tab(f"run/{run.name}").page
+    seen = max(step_number(first), step_number(second))
+    for page in (first, second):
+        until(page, f"{AT_LEAST} {seen + 2}")
+    second.get_by_role("button", name="Stop").click()
+    for page in (first, second):
+        page.locator(".badge.stopped").wait_for(timeout=60_000)
+    stopped_at = step_number(first)
+    assert step_number(second) == stopped_at
+    for page in (first, second):
+        page.get_by_role("button", name="Resume").click()
+    for page in (first, second):
+        page.locator(".run-head .badge.running").wait_for(timeout=120_000)
+        until(page, f"{AT_LEAST} {stopped_at + 3}")
+    # One of the two was refused by the lock, and its page says so.
+    until(first, "true")
+    first.get_by_role("button", name="Stop").click()
+    for page in (first, second):
+        page.locator(".run-head .badge.stopped").wait_for(timeout=60_000)
+    steps = [event["step"] for event in events(run) if event["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_an_open_page_goes_on_when_the_studio_is_back(running: tuple[Any, Path], studio: Studio) -> None:
     tab, _ = running
     page = tab.page

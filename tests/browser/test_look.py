@@ -114,6 +114,36 @@ def test_markup_in_rows_answers_and_names_shows_as_text(open_tab: Any, run_name:
     assert seen == 6
 
 
+def test_markup_in_answers_and_dropped_files_shows_as_text(open_tab: Any, run_name: str, studio: Studio) -> None:
+    """What a model says, what a sample says, what a file that is dropped is called, what a refusal repeats of it."""
+    tab = open_tab(f"chat/{quote(run_name)}")
+    page = tab.page
+    said = [{"choices": [{"delta": {"content": part}}]} for part in (XSS[:9], XSS[9:])]
+    events = "".join(f"data: {json.dumps(event)}\n\n" for event in said) + "data: [DONE]\n\n"
+    page.route("**/api/talk", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+    page.get_by_label("Question", exact=True).fill(XSS)
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="New talk").wait_for()
+    assert page.locator(".turn .content").all_inner_texts() == [XSS] * 3
+    sampled = [{"kind": "sample", "number": 0, "step": 2, "prompt": XSS, "base": XSS, "answer": XSS, "is_ended": True}]
+    page.route("**/samples", lambda route: route.fulfill(json=sampled))
+    page.goto(f"{studio.url}#/run/{quote(run_name)}/samples")
+    page.locator(".sides .tuned").wait_for()
+    assert page.locator("article.row").inner_text().count(XSS) == 3
+    page.goto(f"{studio.url}#/data")
+    name = "<img src=x onerror=hit=1>.json"
+    page.locator("input[type=file]").set_input_files(
+        [{"name": name, "mimeType": "application/json", "buffer": json.dumps([{"instruction": XSS}]).encode()}]
+    )
+    page.locator(".chip", has_text=name).wait_for()
+    page.get_by_label("Base model").fill(str(studio.home / XSS.replace("/", "")))
+    page.get_by_role("button", name="Check", exact=True).click()
+    page.locator(".job .badge.failed").wait_for()
+    assert XSS.replace("/", "") in page.locator(".job").inner_text()
+    assert page.evaluate("window.hit") is None
+    assert page.locator("main img, main script").count() == 0
+
+
 def test_the_policy_stops_what_would_get_through(open_tab: Any) -> None:
     tab = open_tab("data")
     tab.page.evaluate(f"document.querySelector('main').innerHTML = {json.dumps(XSS)}")
