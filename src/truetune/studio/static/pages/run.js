@@ -17,7 +17,7 @@ const path = (name) => `runs/${encodeURIComponent(name)}`;
 
 export function RunsPage() {
   const { value: runs, error, reload } = useAsked("runs", {}, []);
-  usePolling(reload, LIST_MS, Boolean(runs?.some((run) => run.state === "running")));
+  usePolling(reload, LIST_MS, true);
   return html`<h1>${t("runs_title")}</h1><${Fault} error=${error} />
     ${runs && !runs.length && html`<p class="lead">${t("runs_none")}</p><p><a class="button" href="#/data">${t("tab_data")}</a></p>`}
     ${runs?.length > 0 && html`<div class="scroll" tabindex="0" role="region" aria-label=${t("runs_title")}><table class="runs"><thead><tr>
@@ -51,7 +51,10 @@ export function RunPage({ rest }) {
   const { job } = useJob(jobId);
   useEffect(() => { if (!jobId && run) findJob(run).then((found) => found && setJobId(found.id)); }, [run?.state]);
   // Steps are heard of one by one; the rest (checkpoints, a process that was killed) is asked for.
-  usePolling(reload, LIST_MS, isRunning || job?.state === "running");
+  // One that has not reached its end may be resumed by another tab, or in a terminal.
+  usePolling(reload, LIST_MS, Boolean(run) && (run.state !== "done" || job?.state === "running"));
+  const before = useRef(null);
+  useEffect(() => { if (before.current && isRunning) redraw(); before.current = run?.state; }, [run?.state]);
   useEffect(() => { if (job && job.state !== "running") { reload(); redraw(); } }, [job?.state]);
   if (error && !run) return html`<${Fault} error=${error} />`;
   if (!run) return html`<p class="soft" aria-busy="true">…</p>`;
