@@ -70,12 +70,13 @@ def command(lang: str) -> click.Command:
         if measure:
             require_usable(report, skip_invalid=settings.config.invalid == "skip")
             facts |= _measure(settings, flight, console)
-        if json_file:
-            write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
         if store:
             from truetune.output import write_data
 
             write_data(Path(store).expanduser(), flight, max_length=settings.config.max_length)
+        # After the rows: who waits for the report finds them.
+        if json_file:
+            write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
         if html_file:
             from truetune.page import write_page
 

@@ -41,7 +41,7 @@ export function DataPage({ rest, state }) {
       <${Fault} error=${error} />
     </form>
     ${id && html`<${Job} id=${id} job=${job} error=${lost} />`}
-    ${job?.result && html`<${Checked} key=${id} result=${job.result} store=${job.store ?? job.result.store} limit=${Number(ask.max_length)} />`}`;
+    ${job?.result && !isRunning && html`<${Checked} key=${id} result=${job.result} store=${job.store ?? job.result.store} limit=${Number(ask.max_length)} />`}`;
 }
 
 const wordsOf = (ask) => [
