@@ -50,7 +50,7 @@ class Story:
         self.page.get_by_role("button", name=self.says(key), exact=True).first.click()
 
     def shot(self, name: str, *, at: str = "header") -> None:
-        """Keep a picture: those of the Chinese page are on a phone, in the dark, too."""
+        """Keep a picture, under a name of its language."""
         self.tab.shot(name if self.lang == "en" else f"{name}-{self.lang}", at=at)
 
 
@@ -67,7 +67,11 @@ def harbours() -> list[dict[str, str]]:
 
 
 def test_the_whole_story(open_tab: Any, studio: Studio, smol: Path, tmp_path: Path) -> None:
-    tell(Story(open_tab("data"), studio, "en", tmp_path / "lighthouse.json", lighthouse(), smol, 36, 4, "cat"))
+    story = Story(open_tab("data"), studio, "en", tmp_path / "lighthouse.json", lighthouse(), smol, 36, 4, "cat")
+    tell(story)
+    phone = open_tab(f"run/{story.name}", lang="zh", scheme="dark", width="phone")
+    phone.page.locator(".chart canvas").first.wait_for()
+    phone.shot("phone")
 
 
 def test_the_whole_story_in_chinese(open_tab: Any, studio: Studio, tiny_qwen: Path, tmp_path: Path) -> None:
