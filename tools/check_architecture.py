@@ -50,9 +50,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.lengths": {"errors", "records", "data.template", "data.turns"},
     "data.store": {"records"},
     "data.tally": {"errors"},
+    "data.duplicates": {"data.store"},
     "data.report": {
         *("config", "errors", "messages", "records"),
-        *("data.lengths", "data.store", "data.tally", "data.template", "engine.trie", "engine.order"),
+        *(
+            "data.duplicates",
+            "data.lengths",
+            "data.store",
+            "data.tally",
+            "data.template",
+            "engine.trie",
+            "engine.order",
+        ),
     },
     "data.batches": {
         *("config", "errors", "records"),

@@ -649,6 +649,27 @@ MUTANTS = (
         "tests/studio/test_live.py",
     ),
     Mutant(
+        "duplicates: held-out rows are not looked at",
+        "data/duplicates.py",
+        "np.sort(np.concatenate([train.numbers, held_out.numbers]))",
+        "np.sort(train.numbers)",
+        "tests/data/test_duplicates.py",
+    ),
+    Mutant(
+        "duplicates: places of another row",
+        "data/store.py",
+        "found[part] = self.batches[number].batch[name].take(local).to_pylist()",
+        "found[np.sort(part)] = self.batches[number].batch[name].take(local[::-1]).to_pylist()",
+        "tests/data/test_duplicates.py",
+    ),
+    Mutant(
+        "studio: a repeated row shown without where it stands again",
+        "studio/rows.py",
+        'shown[row] | {"again": told}',
+        'shown[row] | {"again": again[0]}',
+        "tests/studio/test_rows.py",
+    ),
+    Mutant(
         "a library of the page changed by hand",
         "studio/static/vendor/htm.js",
         "t=new Map;export",

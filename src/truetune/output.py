@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -43,6 +44,8 @@ def write_data(target: Path, flight: Preflight, *, max_length: int) -> None:
         prepared.held_out.write(folder / "eval.arrow")
         refused = [{"where": row.where, "reason": row.reason, "fix": row.fix} for row in prepared.report.refused]
         write_atomic(folder / "refused.jsonl", "".join(to_json(row) + "\n" for row in refused))
+        with (folder / "duplicates.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(f"{to_json(dataclasses.asdict(group))}\n" for group in prepared.duplicates())
         if not tokenizer.is_file():
             flight.renderer.save_tokenizer(folder)
 

@@ -5,6 +5,8 @@ TRUETUNE_SCREENSHOTS=docs/images writes the pictures that the documentation show
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -21,10 +23,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from truetune.cli import run as truetune
+
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 SCREENSHOTS = os.environ.get("TRUETUNE_SCREENSHOTS")
 START_S = 30
+BIG_STEPS, SPIKE = 100_000, 70_123
+XSS = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 WIDTHS = {"desk": (1180, 860), "phone": (375, 812)}
 
 
@@ -86,6 +92,33 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     if made.process is not None:
         made.process.terminate()
         made.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def run_name(studio: Studio, tiny_qwen: Path) -> str:
+    """A finished run of the tiny model, on rows that try to be markup, in a folder whose name tries, too."""
+    name = "<b>run <img src=x onerror=hit=1>"
+    rows = [{"instruction": f"What is {n}? {XSS}", "output": f"It is {n}. {XSS}"} for n in range(40)]
+    data = studio.home / "<i>rows.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    keys = ["--max-steps", "4", "--batch-size", "8", "--eval-steps", "2", "--dtype", "float32", "--lora-r", "2"]
+    out = studio.home / "runs" / name
+    assert truetune(["train", str(data), "--model", str(tiny_qwen), "--output-dir", str(out), *keys]) == 0
+    return name
+
+
+@pytest.fixture(scope="session")
+def big_run(studio: Studio, run_name: str) -> str:
+    """The same run with 100,000 steps in its events, and one spike."""
+    home = studio.home / "runs"
+    shutil.copytree(home / run_name, home / "big")
+    events = (home / run_name / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    step = next(event for event in map(json.loads, events) if event["kind"] == "step")
+    with (home / "big" / "events.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(1, BIG_STEPS + 1):
+            loss = 9.5 if number == SPIKE else 2 + math.exp(-number / 20_000) + 0.1 * math.sin(number)
+            file.write(json.dumps({**step, "step": number, "loss": loss}) + "\n")
+    return "big"
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,10 @@ from truetune.lock import owner_of
 
 AT_LEAST = "Number((document.querySelector('.tiles dd')?.textContent ?? '').split('/')[0].replace(/\\D/g, '')) >= "
 
+ASK = """([path, body]) => fetch(path, body && {
+  method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body),
+}).then((answer) => answer.json())"""
+
 
 @pytest.fixture
 def running(open_tab: Any, studio: Studio, tiny_qwen: Path) -> tuple[Any, Path]:
@@ -86,6 +90,33 @@ def test_the_studio_and_the_browser_may_be_killed(running: tuple[Any, Path], stu
     until(page, "document.querySelector('pre.log')?.textContent.includes('step')")
     page.get_by_role("button", name="Stop").click()
     page.locator(".badge.stopped").wait_for(timeout=60_000)
+
+
+def test_two_tabs_tell_the_same(running: tuple[Any, Path], open_tab: Any) -> None:
+    """What one does is seen in the other; the run that both resume goes on once."""
+    tab, run = running
+    first, second = tab.page, open_tab(f"run/{run.name}").page
+    seen = max(step_number(first), step_number(second))
+    for page in (first, second):
+        until(page, f"{AT_LEAST} {seen + 2}")
+    second.get_by_role("button", name="Stop").click()
+    for page in (first, second):
+        page.locator(".badge.stopped").wait_for(timeout=60_000)
+    stopped_at = step_number(first)
+    assert step_number(second) == stopped_at
+    # The other tab learns of it by itself, and a second start is refused by the run's lock.
+    first.get_by_role("button", name="Resume").click()
+    again = ["--resume", "--output-dir", str(run.relative_to(run.parents[1]))]
+    for page in (first, second):
+        page.locator(".run-head .badge.running").wait_for(timeout=120_000)
+        until(page, f"{AT_LEAST} {stopped_at + 3}")
+    job = second.evaluate(ASK, ["api/jobs", {"command": "train", "words": again}])["id"]
+    until(second, f"({ASK})(['api/jobs/{job}']).then(job => job.state === 'failed' && job.exit_code === 3)")
+    first.get_by_role("button", name="Stop").click()
+    for page in (first, second):
+        page.locator(".run-head .badge.stopped").wait_for(timeout=60_000)
+    steps = [event["step"] for event in events(run) if event["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def test_an_open_page_goes_on_when_the_studio_is_back(running: tuple[Any, Path], studio: Studio) -> None:

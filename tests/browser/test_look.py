@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-from tests.browser.conftest import WIDTHS, Studio, until
-from truetune.cli import run as truetune
+from tests.browser.conftest import BIG_STEPS, SPIKE, WIDTHS, XSS, Studio, until
 from truetune.config import Config
 from truetune.data.store import StoredRows
 from truetune.messages import CATALOGUES
@@ -21,37 +18,8 @@ from truetune.rundir import RunDir
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 SERIOUS = ("serious", "critical")
-BIG_STEPS, SPIKE = 100_000, 70_123
 FIRST_PAGE_MS, DRAW_MS = 1000, 500
-XSS = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 HAN = re.compile("[\u4e00-\u9fff]")
-
-
-@pytest.fixture(scope="module")
-def run_name(studio: Studio, tiny_qwen: Path) -> str:
-    """A finished run of the tiny model, on rows that try to be markup, in a folder whose name tries, too."""
-    name = "<b>run <img src=x onerror=hit=1>"
-    rows = [{"instruction": f"What is {n}? {XSS}", "output": f"It is {n}. {XSS}"} for n in range(40)]
-    data = studio.home / "<i>rows.json"
-    data.write_text(json.dumps(rows), encoding="utf-8")
-    keys = ["--max-steps", "4", "--batch-size", "8", "--eval-steps", "2", "--dtype", "float32", "--lora-r", "2"]
-    out = studio.home / "runs" / name
-    assert truetune(["train", str(data), "--model", str(tiny_qwen), "--output-dir", str(out), *keys]) == 0
-    return name
-
-
-@pytest.fixture(scope="module")
-def big_run(studio: Studio, run_name: str) -> str:
-    """The same run with 100,000 steps in its events, and one spike."""
-    home = studio.home / "runs"
-    shutil.copytree(home / run_name, home / "big")
-    events = (home / run_name / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    step = next(event for event in map(json.loads, events) if event["kind"] == "step")
-    with (home / "big" / "events.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(1, BIG_STEPS + 1):
-            loss = 9.5 if number == SPIKE else 2 + math.exp(-number / 20_000) + 0.1 * math.sin(number)
-            file.write(json.dumps({**step, "step": number, "loss": loss}) + "\n")
-    return "big"
 
 
 def pages(name: str) -> dict[str, str]:
@@ -146,6 +114,36 @@ def test_markup_in_rows_answers_and_names_shows_as_text(open_tab: Any, run_name:
     assert seen == 6
 
 
+def test_markup_in_answers_and_dropped_files_shows_as_text(open_tab: Any, run_name: str, studio: Studio) -> None:
+    """What a model says, what a sample says, what a file that is dropped is called, what a refusal repeats of it."""
+    tab = open_tab(f"chat/{quote(run_name)}")
+    page = tab.page
+    said = [{"choices": [{"delta": {"content": part}}]} for part in (XSS[:9], XSS[9:])]
+    events = "".join(f"data: {json.dumps(event)}\n\n" for event in said) + "data: [DONE]\n\n"
+    page.route("**/api/talk", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+    page.get_by_label("Question", exact=True).fill(XSS)
+    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="New talk").wait_for()
+    assert page.locator(".turn .content").all_inner_texts() == [XSS] * 3
+    sampled = [{"kind": "sample", "number": 0, "step": 2, "prompt": XSS, "base": XSS, "answer": XSS, "is_ended": True}]
+    page.route("**/samples", lambda route: route.fulfill(json=sampled))
+    page.goto(f"{studio.url}#/run/{quote(run_name)}/samples")
+    page.locator(".sides .tuned").wait_for()
+    assert page.locator("article.row").inner_text().count(XSS) == 3
+    page.goto(f"{studio.url}#/data")
+    name = "<img src=x onerror=hit=1>.json"
+    page.locator("input[type=file]").set_input_files(
+        [{"name": name, "mimeType": "application/json", "buffer": json.dumps([{"instruction": XSS}]).encode()}]
+    )
+    page.locator(".chip", has_text=name).wait_for()
+    page.get_by_label("Base model").fill(str(studio.home / XSS.replace("/", "")))
+    page.get_by_role("button", name="Check", exact=True).click()
+    page.locator(".job .badge.failed").wait_for()
+    assert XSS.replace("/", "") in page.locator(".job").inner_text()
+    assert page.evaluate("window.hit") is None
+    assert page.locator("main img, main script").count() == 0
+
+
 def test_the_policy_stops_what_would_get_through(open_tab: Any) -> None:
     tab = open_tab("data")
     tab.page.evaluate(f"document.querySelector('main').innerHTML = {json.dumps(XSS)}")
@@ -216,7 +214,9 @@ def test_zooming_asks_for_the_steps_zoomed_to(open_tab: Any, big_run: str, run_n
         for key, values in parse_qs(urlsplit(asked.value.url).query).items()
         if key in ("from", "to")
     }
-    assert 0.55 * BIG_STEPS < bounds["from"] < 0.65 * BIG_STEPS < bounds["to"] < 0.85 * BIG_STEPS
+    # What is in view, and half as much again on either side.
+    assert 0.45 * BIG_STEPS < bounds["from"] < 0.55 * BIG_STEPS
+    assert 0.85 * BIG_STEPS < bounds["to"] < 0.95 * BIG_STEPS
     page.get_by_role("button", name="Whole run").click()
     page.get_by_role("button", name="Whole run").wait_for(state="detached")
     # Another run over it.

@@ -178,7 +178,7 @@ def test_show_anything_else_is_refused(
 ) -> None:
     assert check(write_json(rows), tiny_qwen, "--show", value) == 2
     assert capsys.readouterr().err == (
-        f"--show: --show cannot be {value}\n  → Give a number of rows, or longest, or refused.\n"
+        f"--show: --show cannot be {value}\n  → Give a number of rows, or longest, refused, or duplicates.\n"
     )
 
 
@@ -289,3 +289,24 @@ def test_check_writes_nothing_without_json(
     assert check(write_json(rows), tiny_qwen) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
     assert sorted(path.name for path in tiny_qwen.iterdir()) == before
+
+
+# --- duplicates ---
+
+
+def test_duplicates_are_listed_on_screen_and_in_the_store(
+    tiny_qwen: Path, rows: Rows, write_json: Write, tmp_path: Path, capsys: Capture
+) -> None:
+    data, store = write_json(rows), tmp_path / "store"
+    assert check(data, tiny_qwen, "--show", "duplicates", "--store", str(store)) == 0
+    assert "No row is an exact duplicate of another." in capsys.readouterr().out.splitlines()
+    assert (store / "duplicates.jsonl").read_text() == ""
+    rows[20] = rows[30] = rows[2]
+    rows[31] = rows[1]
+    assert check(write_json(rows), tiny_qwen, "--show", "duplicates", "--store", str(store)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    groups = [json.loads(line) for line in (store / "duplicates.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(group["row"], group["count"], len(group["others"])) for group in groups] == [(1, 1, 1), (2, 2, 2)]
+    for group in groups:
+        places = ", ".join(group["others"])
+        assert f"{group['where']}: {group['count']} more like it: {places}" in lines

@@ -52,6 +52,7 @@ def test_all_is_good(finished: Path, capsys: Capture) -> None:
 PARTS = {
     "data/train.arrow": "data",
     "data/refused.jsonl": "data",
+    "data/duplicates.jsonl": "data",
     "adapter/adapter_model.safetensors": "adapter",
     "adapter/tokenizer.json": "adapter",
     "checkpoints/checkpoint-000008/trainer_state.json": "checkpoints/checkpoint-000008",

@@ -165,6 +165,38 @@ def test_refused_rows_are_paged(tmp_path: Path) -> None:
     assert refused(tmp_path / "none", start=0, count=10)["total"] == 0
 
 
+def test_rows_that_are_repeated_come_whole_and_say_where(page: Any, home: Path) -> None:
+    rows = [{"instruction": f"Number {n % 30}?", "output": f"It is {n % 30}."} for n in range(44)]
+    (home / "twice.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = [str(home / "twice.json"), "--model", page.get("runs/one")["model"]]
+    job = page.job(page.post("jobs", {"command": "check", "words": words})["id"])
+    assert job["state"] == "done", job["output"]
+    seen: list[dict[str, Any]] = []
+    for start in range(0, 20, 5):
+        told = page.get("duplicates", store=job["store"], start=start, count=5)
+        assert (told["total"], told["start"]) == (14, start)
+        seen += told["rows"]
+    assert [row["index"] for row in seen] == list(range(14))
+    places = {row["index"]: row["where"] for side in ("train", "eval") for row in listed(page, job["store"], side)}
+    assert len(places) == 44
+    for row in seen:
+        number = row["index"]
+        assert row["again"] == {"count": 1, "others": [places[number + 30]]}
+        assert row["where"] == places[number]
+        assert row["messages"][-1]["content"] == rows[number]["output"]
+        assert len(row["pairs"]) == 1
+    assert job["result"]["exact_duplicates"] == 14
+    # What was prepared before there was such a list has none.
+    (Path(job["store"]) / "duplicates.jsonl").unlink()
+    assert page.get("duplicates", store=job["store"])["total"] == 0
+
+
+def listed(page: Any, store: str, side: str) -> list[dict[str, Any]]:
+    """All rows of a side."""
+    rows: list[dict[str, Any]] = page.get("rows", store=store, side=side, count=200)["rows"]
+    return rows
+
+
 def test_a_file_that_took_the_place_of_another_is_read_anew(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to(shared / "assets" / "qwen3-tokenizer" / "tokenizer.json")
     stores = Stores()

@@ -72,12 +72,13 @@ def command(lang: str) -> click.Command:
         if measure:
             require_usable(report, skip_invalid=settings.config.invalid == "skip")
             facts |= _measure(settings, flight, console)
-        if json_file:
-            write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
         if store:
             from truetune.output import write_data
 
             write_data(Path(store).expanduser(), flight, max_length=settings.config.max_length)
+        # After the rows: who waits for the report finds them.
+        if json_file:
+            write_atomic(file_to_write(json_file), to_json(facts, indent=2) + "\n")
         if html_file:
             from truetune.page import write_page
 
@@ -90,7 +91,7 @@ def command(lang: str) -> click.Command:
         help=text("command.check", lang),
         params=[
             click.Argument(["data"], nargs=-1),
-            click.Option(["--show"], metavar="N|longest|refused", help=text("help.show", lang)),
+            click.Option(["--show"], metavar="N|longest|refused|duplicates", help=text("help.show", lang)),
             click.Option(["--measure"], is_flag=True, help=text("help.measure", lang)),
             click.Option(["--json", "json_file"], metavar="FILE", help=text("help.json", lang)),
             click.Option(["--html", "html_file"], metavar="FILE", help=text("help.html", lang)),
@@ -133,6 +134,8 @@ def _show(what: str, flight: Preflight, console: Console) -> None:
     rows = prepared.train.chosen(np.sort(np.concatenate([prepared.train.numbers, prepared.held_out.numbers])))
     if what == "refused":
         show_refused(prepared.report, console, limit=None)
+    elif what == "duplicates":
+        _show_duplicates(flight, console)
     elif what == "longest":
         longest = int(rows.longest_pairs().argmax()) if len(rows) else 0
         _show_rows(rows[longest : longest + 1], flight, console)
@@ -140,6 +143,16 @@ def _show(what: str, flight: Preflight, console: Console) -> None:
         _show_rows(rows[: int(what)], flight, console)
     else:
         raise UserError("show", where="--show", fix="show", value=what)
+
+
+def _show_duplicates(flight: Preflight, console: Console) -> None:
+    groups = flight.prepared.duplicates()
+    for group in groups:
+        hidden = group.count - len(group.others)
+        more = console.text("check.more_places", count=hidden) if hidden else ""
+        console.say("check.duplicate", where=group.where, count=group.count, places=", ".join(group.others), more=more)
+    if not groups:
+        console.say("check.no_duplicates")
 
 
 def _show_rows(rows: Sequence[Row], flight: Preflight, console: Console) -> None:

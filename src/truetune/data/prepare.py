@@ -17,6 +17,7 @@ import numpy as np
 from truetune.config import Config, cache_dir
 from truetune.data.batches import BATCH_ROWS, Job, OneShape, Preparer
 from truetune.data.crew import Crew
+from truetune.data.duplicates import Duplicates
 from truetune.data.feed import Feed
 from truetune.data.report import make_report
 from truetune.data.sources import Source, find_files, read_rows, state_of
@@ -63,6 +64,10 @@ class Prepared:
     def to_train(self) -> Sequence[Row] | Feed:
         """What the loop takes its rows from."""
         return self.train if self.feed is None else self.feed
+
+    def duplicates(self) -> Duplicates:
+        """Return which rows, of both, are the same."""
+        return Duplicates(self.train, self.held_out)
 
 
 def prepare(config: Config, renderer: Renderer, *, lang: str = "en", on_progress: Progress | None = None) -> Prepared:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from truetune.config import Config
+from truetune.data.duplicates import Duplicates
 from truetune.data.lengths import overlap_of
 from truetune.data.store import StoredRows
 from truetune.data.tally import Tally
@@ -40,7 +41,7 @@ def make_report(
     rows, prompts = (np.concatenate([side.of_rows(name) for side in sides]) for name in ("row_hash", "prompt_hash"))
     is_piece = np.concatenate([side.of_rows("is_piece").astype(bool) for side in sides])
     counts: dict[str, Any] = {
-        "exact_duplicates": len(rows) - len(np.unique(rows)),
+        "exact_duplicates": Duplicates(*sides).num_repeats,
         "other_answers": _num_other_answers(prompts[~is_piece], rows[~is_piece]),
         "rows_overlapping": int(np.isin(held_out.of_rows("prompt_hash"), train.of_rows("prompt_hash")).sum()),
         "rows_cut": tally.num_cut,

@@ -217,6 +217,19 @@ class _File:
             found.append(self.batches[at].batch.take(pa.array(records[part] - self.batch_starts[at])))
         return pa.concat_batches(found)
 
+    def texts(self, name: str, records: np.ndarray) -> list[str]:
+        """Return the texts of some records, in any order: each batch is asked once."""
+        at = np.searchsorted(self.batch_starts, records, side="right") - 1
+        order = np.argsort(at, kind="stable")
+        found = np.empty(len(records), object)
+        for part in np.split(order, np.flatnonzero(np.diff(at[order])) + 1):
+            if len(part):
+                number = int(at[part[0]])
+                local = pa.array(records[part] - self.batch_starts[number])
+                found[part] = self.batches[number].batch[name].take(local).to_pylist()
+        texts: list[str] = found.tolist()
+        return texts
+
     def row(self, number: int) -> Row:
         """Return the row at a place of the file."""
         pairs: list[Pair] = []
@@ -301,6 +314,10 @@ class StoredRows(Sequence[Row]):
         """Return a column that each row has once."""
         found: np.ndarray = self._file.column(name)[self._file.starts[self.numbers]]
         return found
+
+    def places(self) -> list[str]:
+        """Return where each of these rows stands: "file:line"."""
+        return self._file.texts("where", self._file.starts[self.numbers])
 
     def matching(self, text: str) -> np.ndarray:
         """Return the numbers of the rows whose place or last turns hold a text, its case ignored."""

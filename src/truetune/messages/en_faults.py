@@ -27,7 +27,7 @@ TEXTS = {
     "error.config_eval_twice": "eval_split is given beside eval_data",
     "fix.config_eval_twice": "Remove one: eval_data names the held-out rows, eval_split draws them.",
     "error.show": "--show cannot be {value}",
-    "fix.show": "Give a number of rows, or longest, or refused.",
+    "fix.show": "Give a number of rows, or longest, refused, or duplicates.",
     "error.no_folder": "the folder {folder} does not exist",
     "fix.no_folder": "Check the path, or make the folder first.",
     "error.extra_missing": "needs a package that is not installed",

@@ -27,7 +27,7 @@ TEXTS = {
     "error.config_eval_twice": "同时给了 eval_split 和 eval_data",
     "fix.config_eval_twice": "删去一个：eval_data 指定留出样本，eval_split 抽取留出样本。",
     "error.show": "--show 不能是 {value}",
-    "fix.show": "给出条数，或 longest，或 refused。",
+    "fix.show": "给出条数，或 longest、refused、duplicates。",
     "error.no_folder": "文件夹 {folder} 不存在",
     "fix.no_folder": "检查路径，或先建好文件夹。",
     "error.extra_missing": "需要的软件包没有安装",

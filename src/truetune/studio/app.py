@@ -13,6 +13,7 @@ POST /api/jobs/ID/stop                  SIGINT
 GET  /api/rows?store=&side=&start=&count=&search=    {total, start, rows: [{index, where, messages, pairs}]}
                                         pairs: [{ids, texts, learned, specials, is_rejected?}]; messages: [{…, learned}]
 GET  /api/refused?store=&start=&count=  {total, start, rows: [{where, reason, fix}]}
+GET  /api/duplicates?store=&start=&count=   the same; each of its rows has again: {count, others: [where]}
 GET  /api/lengths?store=                {bars: [{from, to, count}], longest, pairs, max_length}
 GET  /api/runs, /api/runs/NAME          [run]; + info, config, checkpoints, report, store, events, keys, has_report_page
 GET  /api/runs/NAME/series?keys=&from=&to=&points=   {step: […], KEY: […], eval: [[step, loss]], total}
@@ -216,10 +217,19 @@ def _rows(studio: Studio, app: FastAPI) -> None:
     def refused(store: str, start: int = 0, count: int = 20) -> Response:
         return JSONResponse(stored.refused(studio.places.inside(store), start=start, count=count))
 
+    def duplicates(store: str, start: int = 0, count: int = 20) -> Response:
+        return JSONResponse(studio.stores.duplicates(studio.places.inside(store), start=start, count=count))
+
     def lengths(store: str) -> Response:
         return JSONResponse(studio.stores.lengths(studio.places.inside(store)))
 
-    _get(app, {"/api/rows": rows, "/api/refused": refused, "/api/lengths": lengths})
+    listed: dict[str, Callable[..., Response]] = {
+        "/api/rows": rows,
+        "/api/refused": refused,
+        "/api/duplicates": duplicates,
+        "/api/lengths": lengths,
+    }
+    _get(app, listed)
 
 
 def _runs(studio: Studio, app: FastAPI) -> None:

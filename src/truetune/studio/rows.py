@@ -21,7 +21,7 @@ from truetune.records import Message, Pair, Row
 from truetune.rundir import RunDir
 
 SIDES = {"train": "train.arrow", "eval": "eval.arrow"}
-REFUSED = "refused.jsonl"
+REFUSED, DUPLICATES = "refused.jsonl", "duplicates.jsonl"
 TOKENIZER = "tokenizer.json"
 NUM_BARS, MAX_COUNT = 60, 200
 LEARNED_ROLES = ("assistant", "text")
@@ -61,13 +61,25 @@ class Stores:
 
     def of_step(self, store: Path, row_ids: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows that a step learned from, in its order."""
-        rows = self.rows(store, "train")
+        return self._shown(store, self._numbered(store, "train", row_ids))
+
+    def duplicates(self, store: Path, *, start: int, count: int) -> dict[str, Any]:
+        """Return some of the rows that others repeat, each as a page shows it, with where it stands again."""
+        groups = _lines(store / DUPLICATES, start=start, count=count)
+        row_ids = [group["row"] for group in groups["rows"]]
+        found = [row for side in SIDES for row in self._numbered(store, side, row_ids)] if row_ids else []
+        shown = {row["index"]: row for row in self._shown(store, found)} if found else {}
+        again = [{"count": group["count"], "others": group["others"]} for group in groups["rows"]]
+        return groups | {"rows": [shown[row] | {"again": told} for row, told in zip(row_ids, again, strict=True)]}
+
+    def _numbered(self, store: Path, side: str, row_ids: Sequence[int]) -> list[Row]:
+        """Return the rows of those numbers that a side has, in the order of the numbers."""
+        rows = self.rows(store, side)
         known = rows.of_rows("row")
         places = np.searchsorted(known, row_ids)
-        wanted = [
-            int(at) for at, row_id in zip(places, row_ids, strict=True) if at < len(known) and known[at] == row_id
+        return [
+            rows[int(at)] for at, row_id in zip(places, row_ids, strict=True) if at < len(known) and known[at] == row_id
         ]
-        return self._shown(store, [rows[at] for at in wanted])
 
     def lengths(self, store: Path) -> dict[str, Any]:
         """Return a histogram of the tokens of all pairs: bars {from, to, count}, `to` not in it."""
@@ -100,7 +112,11 @@ class Stores:
 
 def refused(store: Path, *, start: int, count: int) -> dict[str, Any]:
     """Return some of the refused rows: where, reason, fix."""
-    path = store / REFUSED
+    return _lines(store / REFUSED, start=start, count=count)
+
+
+def _lines(path: Path, *, start: int, count: int) -> dict[str, Any]:
+    """Return some lines of a file of JSON, and how many it has; one that is not there has none."""
     if not path.is_file():
         return {"total": 0, "start": start, "rows": []}
     with path.open("rb") as file:

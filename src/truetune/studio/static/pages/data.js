@@ -41,7 +41,7 @@ export function DataPage({ rest, state }) {
       <${Fault} error=${error} />
     </form>
     ${id && html`<${Job} id=${id} job=${job} error=${lost} />`}
-    ${job?.result && html`<${Checked} key=${id} result=${job.result} store=${job.store ?? job.result.store} limit=${Number(ask.max_length)} />`}`;
+    ${job?.result && !isRunning && html`<${Checked} key=${id} result=${job.result} store=${job.store ?? job.result.store} limit=${Number(ask.max_length)} />`}`;
 }
 
 const wordsOf = (ask) => [
@@ -81,8 +81,9 @@ function Checked({ result, store, limit }) {
   </section>`;
 }
 
-const SIDES = ["train", "eval", "refused"];
-const total = (store, side) => get(side === "refused" ? "refused" : "rows", { store, side, count: 0 }).then((told) => told.total, () => 0);
+const SIDES = ["train", "eval", "repeated", "refused"];
+const LISTS = { repeated: "duplicates", refused: "refused" };
+const total = (store, side) => get(LISTS[side] ?? "rows", { store, side, count: 0 }).then((told) => told.total, () => 0);
 
 // The rows of a store (of a check or of a run), page by page.
 export function StoredRows({ store }) {
@@ -97,22 +98,21 @@ export function StoredRows({ store }) {
     const timer = setTimeout(() => { setSearch(typed); setStart(0); }, 250);
     return () => clearTimeout(timer);
   }, [typed]);
-  const isRefused = side === "refused";
-  const query = { store, start, count: PER_PAGE, ...(isRefused ? {} : { side, search }) };
-  const { value, error, isWaiting } = useAsked(totals && (isRefused ? "refused" : "rows"), query, [store, side, start, search]);
-  const options = [t("side_train", { count: whole(totals?.[0]) }), t("side_eval", { count: whole(totals?.[1]) }), t("side_refused", { count: whole(totals?.[2]) })]
-    .map((label, at) => [SIDES[at], label]);
+  const hasSearch = !LISTS[side];
+  const query = { store, start, count: PER_PAGE, ...(hasSearch ? { side, search } : {}) };
+  const { value, error, isWaiting } = useAsked(totals && (LISTS[side] ?? "rows"), query, [store, side, start, search]);
+  const options = SIDES.map((name, at) => [name, t(`side_${name}`, { count: whole(totals?.[at]) })]);
   const choose = (wanted) => { setSide(wanted); setStart(0); };
   const pager = html`<${Pager} start=${start} count=${PER_PAGE} total=${value?.total ?? 0} onStart=${setStart} />`;
   return html`<h2>${t("rows")}</h2>
     <div class="rows-bar">
       <${Choice} label=${t("side")} options=${options} value=${side} onChange=${choose} />
-      ${!isRefused && html`<input type="search" aria-label=${t("search")} placeholder=${t("search")} value=${typed} onInput=${(event) => setTyped(event.target.value)} />`}
+      ${hasSearch && html`<input type="search" aria-label=${t("search")} placeholder=${t("search")} value=${typed} onInput=${(event) => setTyped(event.target.value)} />`}
     </div>
     <${Fault} error=${error} />
     <div class=${isWaiting ? "waiting" : ""} aria-busy=${isWaiting}>
-      ${value && (isRefused || value.rows?.[0]?.reason
-        ? html`<${Refused} rows=${value.rows ?? []} />`
+      ${value && (value.rows?.[0]?.reason
+        ? html`<${Refused} rows=${value.rows} />`
         : html`<${Rows} rows=${(value.rows ?? []).filter((row) => row.pairs)} />`)}
       ${value && !(value.rows ?? []).length && html`<p class="soft">${t("no_rows")}</p>`}
     </div>${pager}`;

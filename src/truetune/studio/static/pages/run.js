@@ -1,5 +1,5 @@
 // Runs, and one of them while it goes on or afterwards: curves, the rows behind a step, samples, report, what to do with it.
-import { html, useEffect, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { get, post } from "../api.js";
 import { anyText, baseName, bytes, duration, nearPath, number, t, whole } from "../text.js";
 import { Badge, Choice, Fault, Tiles, useAsked, usePolling } from "../parts/basics.js";
@@ -17,7 +17,7 @@ const path = (name) => `runs/${encodeURIComponent(name)}`;
 
 export function RunsPage() {
   const { value: runs, error, reload } = useAsked("runs", {}, []);
-  usePolling(reload, LIST_MS, Boolean(runs?.some((run) => run.state === "running")));
+  usePolling(reload, LIST_MS, true);
   return html`<h1>${t("runs_title")}</h1><${Fault} error=${error} />
     ${runs && !runs.length && html`<p class="lead">${t("runs_none")}</p><p><a class="button" href="#/data">${t("tab_data")}</a></p>`}
     ${runs?.length > 0 && html`<div class="scroll" tabindex="0" role="region" aria-label=${t("runs_title")}><table class="runs"><thead><tr>
@@ -43,12 +43,18 @@ export function RunPage({ rest }) {
       if (event.kind === "state" && event.state !== run?.state) reload();
     },
   });
+  // Zoomed in, the numbers above the curve are still those of the whole run.
+  const latest = useRef(null);
+  if (!range && series) latest.current = series;
   const [fault, setFault] = useState(null);
   const [jobId, setJobId] = useState(null);
   const { job } = useJob(jobId);
   useEffect(() => { if (!jobId && run) findJob(run).then((found) => found && setJobId(found.id)); }, [run?.state]);
   // Steps are heard of one by one; the rest (checkpoints, a process that was killed) is asked for.
-  usePolling(reload, LIST_MS, isRunning || job?.state === "running");
+  // One that has not reached its end may be resumed by another tab, or in a terminal.
+  usePolling(reload, LIST_MS, Boolean(run) && (run.state !== "done" || job?.state === "running"));
+  const before = useRef(null);
+  useEffect(() => { if (before.current && isRunning) redraw(); before.current = run?.state; }, [run?.state]);
   useEffect(() => { if (job && job.state !== "running") { reload(); redraw(); } }, [job?.state]);
   if (error && !run) return html`<${Fault} error=${error} />`;
   if (!run) return html`<p class="soft" aria-busy="true">…</p>`;
@@ -64,7 +70,7 @@ export function RunPage({ rest }) {
       </span></div>
     <p class="soft">${[run.data].flat().map(baseName).join(", ")} · ${baseName(run.model)}</p>
     ${run.error && html`<p class="fault">${run.error}</p>`}
-    <${Progress} run=${run} series=${series} />
+    <${Progress} run=${run} series=${latest.current} />
     <${Choice} label=${t("parts")} options=${parts} value=${part} onChange=${(wanted) => { location.hash = `#/run/${encodeURIComponent(name)}/${wanted}`; }} />
     <${Fault} error=${fault ?? lost} />
     ${part === "curves" && series && html`<${Curves} name=${name} series=${series} range=${range} onZoom=${setRange} step=${step} onPick=${setStep}>
@@ -95,7 +101,7 @@ function Progress({ run, series }) {
   const perStep = middle("seconds");
   const tiles = [
     [t("step"), `${whole(last)} / ${whole(total)}`],
-    [t("loss"), number(series.loss.at(-1))],
+    [t("loss"), number(series.step.at(-1) >= (run.steps ?? 0) ? series.loss.at(-1) : run.loss)],
     [t("held_out_loss"), number(series.eval.at(-1)?.[1])],
     [t("rows_s"), number(middle("rows_per_s"), 3)],
     [t("tokens_s"), number(middle("tokens_per_s"), 3)],

@@ -1,7 +1,8 @@
-// Lines over steps. Drag to zoom, double click to see all again, click for the rows of a step.
+// Lines over steps. Drag to zoom, double click to see all again, click for the rows of a step; wheels as zoom.js says.
 import uPlot from "../vendor/uplot.js";
 import { html, useEffect, useRef, useState } from "../html.js";
 import { number, t } from "../text.js";
+import { Hand } from "./zoom.js";
 
 const COLOURS = ["--deep", "--mark", "--blue", "--violet", "--rose", "--teal"];
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -26,17 +27,25 @@ function seriesOf(line, at) {
   };
 }
 
-export function Chart({ lines, label, height = 300, format = (value) => number(value, 3), onPick, onZoom, hasLegend = true }) {
+const show = (u, range) => range && u?.setScale("x", { min: range[0], max: range[1] });
+
+// `range`: the steps in view, null for all that `bounds` has.
+export function Chart({ lines, label, height = 300, format = (value) => number(value, 3), range, bounds, onPick, onZoom, hasLegend = true }) {
   const place = useRef(null);
   const plot = useRef(null);
+  const hand = useRef(null);
   const tell = useRef({});
-  tell.current = { onPick, onZoom };
+  tell.current = { onPick, onZoom, range, bounds };
   const shape = lines.map((line) => line.label).join("|");
   useEffect(() => {
     const element = place.current;
     const options = {
       width: Math.max(element.clientWidth, 200), height, legend: { show: hasLegend, live: true },
-      scales: { x: { time: false } }, axes: [axis(), axis(format)], cursor: { focus: { prox: 24 }, drag: { x: true, y: false } },
+      scales: { x: { time: false } }, axes: [axis(), axis(format)], 
+      cursor: {
+        focus: { prox: 24 }, drag: { x: Boolean(onZoom), y: false },
+        bind: { mousedown: (u, _, began) => (event) => (event.shiftKey && hand.current && tell.current.range ? hand.current.drag(event) : began(event)) },
+      },
       series: [{ label: t("step"), value: (_, value) => value ?? "–" }, ...lines.map(seriesOf)],
       hooks: {
         setSelect: [(u) => {
@@ -55,11 +64,22 @@ export function Chart({ lines, label, height = 300, format = (value) => number(v
     };
     const made = new uPlot(options, columns(lines), element);
     plot.current = made;
+    show(made, tell.current.range);
+    hand.current = onZoom ? new Hand(made, {
+      bounds: () => tell.current.bounds, view: () => tell.current.range,
+      onMove: (to) => show(made, to ?? tell.current.bounds), onRest: (to) => tell.current.onZoom(to),
+    }) : null;
     const watch = new ResizeObserver(() => made.setSize({ width: element.clientWidth, height }));
     watch.observe(element);
-    return () => { watch.disconnect(); made.destroy(); plot.current = null; };
+    return () => { watch.disconnect(); hand.current?.end(); made.destroy(); plot.current = null; };
   }, [shape, useScheme()]);
-  useEffect(() => { plot.current?.setData(columns(lines)); }, [lines]);
+  // In the middle of a movement, new lines are drawn where the hand is.
+  const inView = () => (hand.current?.isBusy ? hand.current.now : range);
+  useEffect(() => {
+    const to = inView();
+    plot.current?.batch(() => { plot.current.setData(columns(lines), !to); show(plot.current, to); });
+  }, [lines]);
+  useEffect(() => { show(plot.current, inView()); }, [range]);
   return html`<div class=${`chart${onPick ? " pick" : ""}`} role="img" aria-label=${label} ref=${place}></div>`;
 }
 

@@ -4,6 +4,7 @@ import { bytes, number, t, whole } from "../text.js";
 import { Fault, NumberInput, useAsked } from "./basics.js";
 import { Chart } from "./chart.js";
 import { askLoss } from "./series.js";
+import { moved, within, zoomed } from "./zoom.js";
 
 const NUM_SPIKES = 4;
 
@@ -17,32 +18,39 @@ export function Curves({ name, series, range, onZoom, step, onPick, children }) 
     { label: t("held_out_loss"), x: series.eval.map(([at]) => at), y: series.eval.map(([, loss]) => loss), isPoints: true, colour: "--mark" },
     ...lines,
   ], [series, lines]);
-  const spikes = useMemo(() => findSpikes(series), [series]);
+  const bounds = useMemo(() => [1, Math.max(series.total, series.step.at(-1) ?? 1)], [series]);
+  const spikes = useMemo(() => findSpikes(series, range ?? bounds), [series, range, bounds]);
+  const go = (to) => onZoom(within(to, bounds));
   const rest = (runs ?? []).filter((run) => run.name !== name && !others.includes(run.name));
   return html`<section>
-    <${Chart} lines=${all} label=${t("curve_label")} height=${320} onZoom=${onZoom} onPick=${(at) => at >= 1 && onPick(at)} />
+    <${Chart} lines=${all} label=${t("curve_label")} height=${320} range=${range} bounds=${bounds} onZoom=${onZoom} onPick=${(at) => at >= 1 && onPick(at)} />
     <div class="curve-bar">
       <form class="inline" onSubmit=${(event) => { event.preventDefault(); onPick(Number(new FormData(event.target).get("step"))); }}>
         <label>${t("rows_of")} <${NumberInput} name="step" min="1" max=${series.step.at(-1)} required value=${step ?? ""} /></label><button>${t("show")}</button></form>
       ${spikes.length > 0 && html`<span class="spikes">${t("spikes")} ${spikes.map(([at, loss]) => html`<button key=${at} type="button" class="chip" aria-pressed=${step === at} onClick=${() => onPick(at)}>${whole(at)} <span class="soft">${number(loss, 3)}</span></button>`)}</span>`}
-      ${range && html`<button type="button" onClick=${() => onZoom(null)}>${t("zoom_out")}</button>`}
+      <span class="choice" role="group" aria-label=${t("zoom")}>
+        ${range && html`<button type="button" aria-label=${t("zoom_earlier")} title=${t("zoom_earlier")} onClick=${() => go(moved(range, -0.5))}>‹</button>`}
+        <button type="button" aria-label=${t("zoom_in")} title=${t("zoom_in")} onClick=${() => go(zoomed(range ?? bounds, 0.5))}>+</button>
+        ${range && html`<button type="button" aria-label=${t("zoom_less")} title=${t("zoom_less")} onClick=${() => go(zoomed(range, 2))}>−</button>
+        <button type="button" aria-label=${t("zoom_later")} title=${t("zoom_later")} onClick=${() => go(moved(range, 0.5))}>›</button>
+        <button type="button" onClick=${() => onZoom(null)}>${t("zoom_out")}</button>`}</span>
       ${rest.length > 0 && html`<label>${t("overlay")} <select value="" onChange=${(event) => setOthers([...others, event.target.value])}>
         <option value="">${t("choose_run")}</option>${rest.map((run) => html`<option key=${run.name} value=${run.name}>${run.name}</option>`)}</select></label>`}
       ${others.map((other) => html`<span key=${other} class="chip">${other}<button type="button" class="quiet" aria-label=${t("remove", { name: other })} onClick=${() => setOthers(others.filter((one) => one !== other))}>×</button></span>`)}
     </div>
     <p class="soft">${t("curve_hint")}</p><${Fault} error=${error} />
     ${children}
-    <${Small} series=${series.rest} onPick=${onPick} />
+    <${Small} series=${series.rest} range=${range} bounds=${bounds} onPick=${onPick} />
   </section>`;
 }
 
 // Steps whose loss is the highest of its near neighbours and stands out most above the middle of the wider ones.
-function findSpikes({ step, loss }) {
+function findSpikes({ step, loss }, [first, last]) {
   const found = [];
-  const around = (at, width) => loss.slice(Math.max(0, at - width), at + width + 1).filter((value) => value != null).sort((a, b) => a - b);
+  const around = (at, width) => loss.slice(Math.max(0, at - width), at + width + 1).filter((value) => value != null);
   for (let at = 1; at < step.length; at += 1) {
-    if (loss[at] == null || loss[at] < around(at, 2).at(-1)) continue;
-    const wide = around(at, 7);
+    if (step[at] < first || step[at] > last || loss[at] == null || loss[at] < Math.max(...around(at, 2))) continue;
+    const wide = around(at, 7).sort((a, b) => a - b);
     found.push([step[at], loss[at], loss[at] - wide[Math.floor(wide.length / 2)]]);
   }
   return found.filter(([, , height]) => height > 0).sort((a, b) => b[2] - a[2]).slice(0, NUM_SPIKES).sort((a, b) => a[0] - b[0]);
@@ -62,7 +70,7 @@ function useOverlay(others, range) {
   return { lines, error };
 }
 
-function Small({ series, onPick }) {
+function Small({ series, range, bounds, onPick }) {
   const curves = useMemo(() => {
     return [
       [t("rewards"), [[t("reward_chosen"), series.rewards_chosen], [t("reward_rejected"), series.rewards_rejected]]],
@@ -78,5 +86,5 @@ function Small({ series, onPick }) {
     })).filter(({ lines }) => lines.length);
   }, [series]);
   return html`<div class="small-charts">${curves.map(({ title, lines, format }) => html`<figure key=${title}><figcaption>${title}</figcaption>
-    <${Chart} lines=${lines} label=${title} height=${150} format=${format} hasLegend=${lines.length > 1} onPick=${onPick} /></figure>`)}</div>`;
+    <${Chart} lines=${lines} label=${title} height=${150} format=${format} range=${range} bounds=${bounds} hasLegend=${lines.length > 1} onPick=${onPick} /></figure>`)}</div>`;
 }

@@ -6,7 +6,7 @@ import { useAsked } from "./basics.js";
 export function Lengths({ store, limit }) {
   const { value } = useAsked("lengths", { store }, [store]);
   const bars = value?.bars ?? value?.bins ?? [];
-  if (!bars.length) return null;
+  if (!value?.pairs) return null;
   const most = Math.max(...bars.map((bar) => bar.count));
   const end = bars[bars.length - 1].to;
   const max = value.max_length ?? limit;

@@ -44,12 +44,17 @@ export const Bubble = ({ role, content, isLearned, children }) => html`
 
 const contentOf = (message) => (typeof message.content === "string" ? message.content : JSON.stringify(message.content ?? message.tool_calls ?? "", null, 1));
 
+// Where a row stands again.
+const Again = ({ count, others }) => html`<p class="again"><span class="soft">${t("repeated_in", { count: whole(count) })}</span>
+  ${others.map((place) => html` <span key=${place} class="where">${nearPath(place)}</span>`)}${count > others.length && html` <span class="soft">${t("more_places", { count: whole(count - others.length) })}</span>`}</p>`;
+
 export function Row({ row, view, hasIds }) {
   const numTokens = row.pairs.reduce((sum, pair) => sum + pair.ids.length, 0);
   const numLearned = row.pairs.reduce((sum, pair) => sum + pair.ids.length - pair.learned, 0);
   return html`<article class="row">
     <div class="row-head"><span class="where">${nearPath(row.where)}</span>
       <span>${t("row_tokens", { learned: whole(numLearned), total: whole(numTokens) })}</span></div>
+    ${row.again && html`<${Again} ...${row.again} />`}
     ${view === "chat"
       ? html`<div class="talk">${row.messages.map((message, at) => html`
           <${Bubble} key=${at} role=${message.role} content=${contentOf(message)} isLearned=${message.learned ?? (at === row.messages.length - 1)} />`)}</div>`

@@ -1,6 +1,7 @@
 // The numbers of a run: what the server has, and what comes while one looks.
 import { useCallback, useEffect, useRef, useState } from "../html.js";
 import { get, listen } from "../api.js";
+import { zoomed } from "./zoom.js";
 
 // Beside the loss, which has points of its own so that none of its extremes is lost.
 const KEYS = ["learning_rate", "grad_norm", "rows_per_s", "tokens_per_s", "seconds", "memory_bytes", "cpu_percent", "gpu_percent",
@@ -11,9 +12,15 @@ const POINTS = 3000;
 const MOST_LIVE = 1000;
 const DRAW_MS = 250;
 
-const ask = (name, keys, points, range) => get(`runs/${encodeURIComponent(name)}/series`, {
-  keys: keys.join(","), points, ...(range ? { from: Math.floor(range[0]), to: Math.ceil(range[1]) } : {}),
-});
+// Zoomed in, half as much again is asked for on either side, so that moving along shows something at once.
+function ask(name, keys, points, range) {
+  const query = { keys: keys.join(","), points };
+  if (range) {
+    const [from, to] = zoomed(range, 2);
+    Object.assign(query, { points: 2 * points, from: Math.max(Math.floor(from), 0), to: Math.ceil(to) });
+  }
+  return get(`runs/${encodeURIComponent(name)}/series`, query);
+}
 
 export const askLoss = (name, range) => ask(name, ["loss"], LOSS_POINTS, range);
 
@@ -52,9 +59,13 @@ export function useSeries(name, { range, isLive, onTold }) {
   const numLive = useRef(0);
   const told = useRef(onTold);
   told.current = onTold;
+  const asked = useRef(0);
   const reload = useCallback(async () => {
+    const turn = asked.current += 1;
     try {
       const found = await askSeries(name, range);
+      // Of two answers the one that was asked for last counts, whichever comes last.
+      if (turn !== asked.current) return;
       waiting.current = [];
       numLive.current = 0;
       setSeries(found);
