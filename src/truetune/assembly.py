@@ -83,6 +83,10 @@ def assemble(
     Raises: UserError if the weights or the LoRA targets do not fit.
     """
     config = settings.config
+    num_started = read_place().size
+    if num_started > 1 and ranks.size == 1:
+        # Before accelerate, which would wait for the others.
+        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
     accelerator = Accelerator(log_with=list(config.report_to) or None, project_config=project)
     if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision != "no":
@@ -112,13 +116,7 @@ def assemble(
 
 
 def _load_on(ranks: Ranks, base: Base, config: Config, dtype: str) -> Any:
-    """Return the model on this rank, whole or its part of it.
-
-    Raises: UserError if several processes were started, and this is not one of a group.
-    """
-    num_started = read_place().size
-    if num_started > 1 and ranks.size == 1:
-        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
+    """Return the model on this rank, whole or its part of it."""
     if config.strategy != "shard":
         return _load(base, config, dtype)
     if ranks.size == 1:

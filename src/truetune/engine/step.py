@@ -289,7 +289,8 @@ def train_step(
 def held_out_sum(engine: Engine, forwards: Iterable[Forward]) -> float:
     """Return the summed loss (nats) of `forwards` without dropout; the model's mode is restored."""
     with evaluating(engine.model), running(engine):
-        return sum(float(forward_loss(engine, forward).item()) for forward in forwards)
+        total: float = sum(forward_loss(engine, forward).item() for forward in forwards)
+    return total
 
 
 def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
