@@ -14,7 +14,7 @@ import torch
 from truetune import loading
 from truetune.config import resolve
 from truetune.console import Console
-from truetune.errors import MachineError, UserError
+from truetune.errors import MachineError
 from truetune.loading import load_bare, load_model
 from truetune.model import count_parameters
 from truetune.preflight import Preflight, preflight
@@ -73,16 +73,3 @@ def test_what_does_not_fit_is_refused_before_loading(
     with pytest.raises(MachineError) as caught:
         load_bare(settings, flight, console=QUIET, num_sharing=2)
     assert caught.value.key == key
-
-
-def test_a_process_of_several_that_is_alone_is_refused(
-    begin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """WORLD_SIZE says two, and no group was made."""
-    settings, flight = begin()
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(UserError) as caught:
-        load_model(settings, flight, console=QUIET)
-    assert caught.value.key == "ranks_unused"

@@ -121,7 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "page": {"config", "disk", "messages", "preflight", "templates"},
     "optimizer": {"config", "console", "engine.master"},
     "loading": {
-        *("config", "console", "errors", "model", "place", "preflight", "ranks", "weights"),
+        *("config", "console", "errors", "model", "preflight", "ranks", "weights"),
         *("engine.memory", "engine.quantised", "engine.shard"),
     },
     "assembly": {

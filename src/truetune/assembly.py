@@ -28,6 +28,7 @@ from truetune.loading import load_model
 from truetune.loop import Event, Loop, Plan
 from truetune.model import count_parameters, pad_id
 from truetune.optimizer import make_optimizer, show_rates
+from truetune.place import read_place
 from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
 from truetune.records import Row, pairs_of
@@ -84,6 +85,10 @@ def assemble(
     Raises: UserError if the weights or the LoRA targets do not fit.
     """
     config = settings.config
+    num_started = read_place().size
+    if num_started > 1 and ranks.size == 1:
+        # Before accelerate, which would wait for the others.
+        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
     accelerator = Accelerator(log_with=list(config.report_to) or None, project_config=project)
     if accelerator.gradient_accumulation_steps != 1 or accelerator.mixed_precision != "no":

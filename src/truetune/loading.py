@@ -14,7 +14,6 @@ from truetune.engine.quantised import held_bytes
 from truetune.engine.shard import make_mesh, shard
 from truetune.errors import UserError
 from truetune.model import Base, BaseWeights, add_lora, choose_dtype, load_base, train_all
-from truetune.place import read_place
 from truetune.preflight import Preflight
 from truetune.ranks import ALONE, Ranks
 from truetune.weights import needed_bytes, require_memory
@@ -51,11 +50,8 @@ def load_model(
 ) -> tuple[Settings, Any]:
     """Return the settings with the dtype, and the model to train on this rank: whole, or its part of it.
 
-    Raises: UserError if several processes were started and this is not one of a group, or the LoRA targets do not fit.
+    Raises: UserError if the LoRA targets do not fit.
     """
-    num_started = read_place().size
-    if num_started > 1 and ranks.size == 1:
-        raise UserError("ranks_unused", where="WORLD_SIZE", fix="ranks_unused", n=num_started)
     if settings.config.strategy != "shard":
         return _to_train(settings, flight, console=console, num_sharing=ranks.place.local_size, device=device)
     if ranks.size == 1:
