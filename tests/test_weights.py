@@ -48,7 +48,7 @@ def test_memory_is_compared_with_the_weights(tiny_qwen: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "each"), [("float32", 16), ("bfloat16", 18)])
 def test_full_fine_tuning_needs_more_than_the_weights(dtype: str, each: int, tiny_qwen: Path) -> None:
-    """Weight, gradient and two moments in fp32, and the copy in bf16; refused with the numbers before anything loads."""
+    """Weight, gradient and two moments in fp32, and the copy in bf16; refused with the numbers."""
     needed = each * count_parameters(tiny_qwen)
     require_memory(tiny_qwen, name="m", dtype=dtype, is_full=True, free_bytes=needed)
     with pytest.raises(MachineError) as caught:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from truetune.engine.master import gradient_norm
 from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward, make_forwards, train_step
 from truetune.engine.trie import count_trie_tokens
@@ -177,7 +178,9 @@ class Loop:
         may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.plan.max_grad_norm))
+        norm = gradient_norm(parameters)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.max_grad_norm, norm)
+        grad_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
             self.optimizer.zero_grad(set_to_none=True)
             origins = ", ".join(f"{row.where} (row {row.index})" for row in rows)
