@@ -70,6 +70,18 @@ def test_room_is_asked_for_twice_with_a_margin(tmp_path: Path, monkeypatch: pyte
     assert caught.value.key == "disk_full"
 
 
+def test_room_for_all_that_a_run_will_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the folder holds already needs no room again; both numbers are said."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "weights").write_bytes(bytes(1000))
+    monkeypatch.setattr(disk, "_free", lambda _: 9000)
+    disk.require_room(tmp_path / "run", 10_000)
+    with pytest.raises(MachineError) as caught:
+        disk.require_room(tmp_path / "run", 10_001)
+    assert caught.value.key == "disk_too_small"
+    assert caught.value.values == {"needed": 10_001 / 1e9, "free": 1e-5}
+
+
 def test_free_bytes_where_a_folder_will_be(tmp_path: Path) -> None:
     assert disk._free(tmp_path / "not" / "yet") == pytest.approx(disk._free(tmp_path), rel=0.01)
 

@@ -14,6 +14,7 @@ from truetune.console import Console
 from truetune.errors import UserError
 from truetune.preflight import MAX_REFUSED_SHOWN, preflight, require_usable, show_refused, show_report
 from truetune.records import Refusal, Report
+from truetune.weights import count_parameters
 
 
 def report(**values: Any) -> Report:
@@ -188,3 +189,19 @@ def test_the_date_reaches_a_template_that_writes_it(
     assert flight.renderer.date == date
     shown = tokenizer.decode(flight.prepared.train[0].pairs[0].prompt_ids)
     assert shown.startswith("2026<|im_start|>" if template else "<|im_start|>")
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 16), ("bfloat16", 18)])
+def test_what_full_fine_tuning_needs_is_said(
+    dtype: str, each: int, tiny_qwen: Path, write_json: Callable[..., Path], rows: list[dict[str, str]]
+) -> None:
+    """Before any weights are loaded, with the number of them; of LoRA nothing is said."""
+    count = count_parameters(tiny_qwen)
+    given = {"data": [str(write_json(rows))], "model": str(tiny_qwen), "dtype": dtype}
+    flight = preflight(resolve({**given, "finetuning": "full"}).config, Console(quiet=True))
+    (note,) = [one for one in flight.prepared.report.notes if "Full fine-tuning" in one]
+    assert f"{each} bytes for each of {count:,} weights" in note
+    assert f"{each * count / 1e9:.1f} GB" in note
+    assert ("copy" in note) == (dtype == "bfloat16")
+    plain = preflight(resolve(given).config, Console(quiet=True))
+    assert not any("Full fine-tuning" in one for one in plain.prepared.report.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from truetune.errors import MachineError, UserError
-from truetune.weights import check_files, needed_bytes, num_embeddings, require_memory
+from truetune.weights import (
+    OPTIMIZER,
+    check_files,
+    count_parameters,
+    needed_bytes,
+    num_embeddings,
+    require_memory,
+    weight_files,
+)
 
 
 def test_headers_say_what_is_loaded(tiny_qwen: Path) -> None:
@@ -43,3 +52,27 @@ def test_memory_is_compared_with_the_weights(tiny_qwen: Path) -> None:
     with pytest.raises(MachineError) as caught:
         require_memory(needed, needed - 1, name="m", dtype="float32")
     assert caught.value.values["needed"] == needed / 1e9
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 16), ("bfloat16", 18)])
+def test_full_fine_tuning_needs_more_than_the_weights(dtype: str, each: int, tiny_qwen: Path) -> None:
+    """Weight, gradient and two moments in fp32, and the copy in bf16; refused with the numbers."""
+    needed = each * count_parameters(tiny_qwen)
+    assert needed_bytes(tiny_qwen, dtype=dtype, is_full=True) == needed
+    require_memory(needed, needed, name="m", dtype=dtype, is_full=True)
+    with pytest.raises(MachineError) as caught:
+        require_memory(needed, needed - 1, name="m", dtype=dtype, is_full=True)
+    assert (caught.value.key, caught.value.values["each"]) == ("full_too_large", each)
+    assert caught.value.values["needed"] == needed / 1e9
+
+
+def test_a_checkpoints_optimizer_is_no_weights(tmp_path: Path) -> None:
+    """Nor is a file that the index does not name."""
+    for name in ("model.safetensors", OPTIMIZER):
+        save_file({"a": torch.zeros(30)}, tmp_path / name)
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+    assert count_parameters(tmp_path) == 30
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"b": torch.zeros(5)}, tmp_path / "other.safetensors")
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]

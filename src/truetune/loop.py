@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from truetune.engine.deal import filled
+from truetune.engine.master import gradient_norm
 from truetune.engine.objective import Imitation, Objective, Share, StepResult, train_step
 from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward
@@ -239,7 +240,9 @@ class Loop:
         Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite and no more steps
         may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._weights, self.plan.max_grad_norm))
+        norm = gradient_norm(self._weights)
+        torch.nn.utils.clip_grads_with_norm_(self._weights, self.plan.max_grad_norm, norm)
+        grad_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
             self.optimizer.zero_grad(set_to_none=True)
             origins = ", ".join(f"{row.where} (row {row.index})" for row in rows)

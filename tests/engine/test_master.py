@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from truetune.engine.master import keep_masters, own_masters
+from truetune.engine.master import gradient_norm, keep_masters, own_masters
 
 
 def make(dtype: torch.dtype, *, wide: set[str] | None = None) -> tuple[Any, Any]:
@@ -73,3 +73,14 @@ def test_what_a_model_keeps_in_fp32_stays() -> None:
     assert {parameter.dtype for parameter in model[1].parameters()} == {torch.float32}
     assert model[0].weight.dtype == torch.bfloat16
     assert masters.weights[-1] is model[1].bias
+
+
+def test_the_norm_of_a_large_gradient_is_right() -> None:
+    """To 1e-6, also where the whole is a thousand times as large as a block; what has no gradient counts nothing."""
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3000, 1000), (7,), (5, 2))]
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights[:2]:
+        weight.grad = torch.rand(weight.shape, generator=generator)
+    wanted = sum(float(weight.grad.double().pow(2).sum()) for weight in weights[:2]) ** 0.5
+    assert float(gradient_norm(weights)) == pytest.approx(wanted, rel=1e-6)
+    assert float(gradient_norm(weights[2:])) == 0

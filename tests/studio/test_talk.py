@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 
 from truetune.data.sources import find_files, read_rows
 from truetune.errors import UserError
-from truetune.studio.talk import checked
+from truetune.rundir import RunDir
+from truetune.studio.places import Places
+from truetune.studio.rows import Stores
+from truetune.studio.talk import Talk, checked
 
 USER = {"role": "user", "content": "Number 3?"}
 TALKS = [
@@ -109,3 +113,21 @@ def test_what_is_no_talk(messages: Any, page: Any) -> None:
         assert page.post(path, {"run": "one", "messages": messages}, status=400)["error"]["key"] == "studio_messages"
     with pytest.raises(UserError):
         page.studio.talk.save([USER], None)
+
+
+def test_the_base_of_a_full_run_is_not_served(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server has one model: the page is told so, and never shown the tuned one's answer as the base's."""
+
+    async def ready(_self: Any, _run: RunDir) -> tuple[str, list[str]]:
+        return "http://127.0.0.1:9", ["one"]
+
+    monkeypatch.setattr(Talk, "_ready", ready)
+    talk = Talk(Places(home, ()), Stores())
+    ask = {"messages": [USER], "side": "base"}
+
+    async def heard() -> list[bytes]:
+        return [piece async for piece in talk.stream(RunDir(home / "runs" / "one"), ask, lang="en")]
+
+    last = json.loads(asyncio.run(heard())[-1].removeprefix(b"data: "))
+    assert last["error"]["key"] == "studio_no_base"
+    assert "truetune compare one" in last["error"]["fix"]

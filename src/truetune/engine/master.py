@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+NORM_BLOCK = 1 << 18
+"""Numbers of a gradient whose squares are added up in fp32."""
+
 
 @dataclass(frozen=True)
 class Masters:
@@ -39,6 +42,16 @@ class Masters:
         for parameter, weight in zip(self.parameters, self.weights, strict=True):
             if parameter is not weight:
                 parameter.copy_(weight)
+
+
+def gradient_norm(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of all gradients together, a scalar in fp64.
+
+    Block by block: torch's own norm adds up a tensor in fp32, and was 5e-5 off for an embedding of 28 million numbers.
+    """
+    flat = [weight.grad.flatten() for weight in weights if weight.grad is not None]
+    squares = [block @ block for gradient in flat for block in gradient.split(NORM_BLOCK)]
+    return torch.stack(squares).double().sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def own_masters(model: torch.nn.Module) -> Masters:
