@@ -188,3 +188,23 @@ def test_the_date_reaches_a_template_that_writes_it(
     assert flight.renderer.date == date
     shown = tokenizer.decode(flight.prepared.train[0].pairs[0].prompt_ids)
     assert shown.startswith("2026<|im_start|>" if template else "<|im_start|>")
+
+
+@pytest.mark.real
+def test_a_gguf_base_tells_what_it_takes_in_memory(
+    smol: Path, write_json: Callable[..., Path], rows: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not what the file has; in 4 bits less, but for the embeddings."""
+    from truetune.commands.demo import demo_model
+
+    taken = {}
+    for kind in ("float32", "bfloat16", "4bit"):
+        key = {"quantization": kind} if kind == "4bit" else {"dtype": kind}
+        settings = resolve({"data": [str(write_json(rows))], "model": demo_model(), **key})
+        preflight(settings.config, Console("en"))
+        said = capsys.readouterr().out
+        taken[kind] = float(said.split("weights take ")[1].split()[0])
+        assert f"as {kind}" in said
+        assert 0.05 < float(said.split("GGUF file has ")[1].split()[0]) < 0.15
+    assert taken["float32"] == pytest.approx(2 * taken["bfloat16"], abs=0.02)
+    assert taken["bfloat16"] == pytest.approx(2 * 0.1345, abs=0.02)
