@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from truetune import checkpoint
 from truetune.assembly import Assembly, assemble, identity_of
 from truetune.cli import run
 from truetune.config import load_yaml, resolve
@@ -25,6 +27,41 @@ def build(data: Path, model: Path, **keys: Any) -> Assembly:
     settings = resolve({"data": [str(data)], "model": str(model), **keys})
     console = Console(quiet=True)
     return assemble(settings, preflight(settings.config, console), folder=data.parent / "out", console=console)
+
+
+def test_loraplus_gives_b_a_rate_of_its_own(
+    write_json: Callable[..., Path], rows: list[dict[str, str]], tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """Every A in one group, every B in the other; both follow the schedule, and go on with it from a checkpoint."""
+    keys = {"loraplus_lr_ratio": 16, "learning_rate": 1e-3, "attention": "trie", "max_tokens_per_forward": 256}
+    made = [
+        build(write_json(rows), tiny_qwen, **keys, gradient_checkpointing=False, max_steps=6, weight_decay=0.1)
+        for _ in range(2)
+    ]
+    names = {id(p): name for name, p in made[0].state.model.named_parameters()}
+    groups = made[0].loop.optimizer.param_groups
+    sides = [{names[id(p)].split(".")[-3] for p in group["params"]} for group in groups]
+    assert sides == [{"lora_A"}, {"lora_B"}]
+    assert [len(group["params"]) for group in groups] == [2 * 7, 2 * 7]
+    assert {group["weight_decay"] for group in groups} == {0.1}
+    rates = made[0].loop.scheduler.get_last_lr()
+    assert rates == [1e-3, 16e-3]
+    rows_ = preflight(made[0].settings.config, Console(quiet=True)).prepared.train
+    first = [event for event in made[0].loop.run(rows_) if event["kind"] == "step"]
+    assert all(event["learning_rate_b"] == pytest.approx(16 * event["learning_rate"]) for event in first)
+    paths: list[Path] = []
+
+    def save(step: int) -> None:
+        paths.append(checkpoint.save(tmp_path, step, state=made[1].state, write_extra=lambda _: None))
+
+    made[1].loop.plan = replace(made[1].loop.plan, save_steps=3)
+    whole = [event for event in made[1].loop.run(rows_, save=save) if event["kind"] == "step"]
+    resumed = build(write_json(rows), tiny_qwen, **keys, gradient_checkpointing=False, max_steps=6, weight_decay=0.1)
+    assert checkpoint.load(paths[0], resumed.state) == 3
+    rest = [event for event in resumed.loop.run(rows_, start=3) if event["kind"] == "step"]
+    for name in ("loss", "grad_norm", "learning_rate", "learning_rate_b"):
+        assert [event[name] for event in rest] == [event[name] for event in whole[3:]] == [e[name] for e in first[3:]]
+    assert checkpoint.other_tensor(paths[-1], resumed.state) is None
 
 
 def test_learning_rate_follows_the_formula(

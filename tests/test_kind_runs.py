@@ -1,4 +1,4 @@
-"""A run of each kind, from the file in examples/kinds: exact again, plain PEFT's on the plain base, merged."""
+"""A run of each kind, from examples/kinds: exact again, plain PEFT's on the plain base, merged, exported."""
 
 from __future__ import annotations
 

@@ -205,3 +205,23 @@ def test_what_full_fine_tuning_needs_is_said(
     assert ("copy" in note) == (dtype == "bfloat16")
     plain = preflight(resolve(given).config, Console(quiet=True))
     assert not any("Full fine-tuning" in one for one in plain.prepared.report.notes)
+
+
+@pytest.mark.real
+def test_a_gguf_base_tells_what_it_takes_in_memory(
+    smol: Path, write_json: Callable[..., Path], rows: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not what the file has; in 4 bits less, but for the embeddings."""
+    from truetune.commands.demo import demo_model
+
+    taken = {}
+    for kind in ("float32", "bfloat16", "4bit"):
+        key = {"quantization": kind} if kind == "4bit" else {"dtype": kind}
+        settings = resolve({"data": [str(write_json(rows))], "model": demo_model(), **key})
+        preflight(settings.config, Console("en"))
+        said = capsys.readouterr().out
+        taken[kind] = float(said.split("weights take ")[1].split()[0])
+        assert f"as {kind}" in said
+        assert 0.05 < float(said.split("GGUF file has ")[1].split()[0]) < 0.15
+    assert taken["float32"] == pytest.approx(2 * taken["bfloat16"], abs=0.02)
+    assert taken["bfloat16"] == pytest.approx(2 * 0.1345, abs=0.02)

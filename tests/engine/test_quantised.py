@@ -38,6 +38,9 @@ def test_every_way_is_plain_peft_on_plain_bitsandbytes(bits: str, kind: str, fol
     pairs = random_pairs()
     config = BitsAndBytesConfig(**BITS[bits](torch.float32))
     theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, quantization_config=config)
+    if (bits, kind) == ("8bit", "dora"):
+        # PEFT 0.21 moves the weights for DoRA, after which bitsandbytes' own layer has lost their scales on a CPU.
+        dequantise_layers(theirs)
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **KINDS[kind])
     wanted_loss, wanted = plain_loss_and_gradients(moved(get_peft_model(theirs, lora)), pairs)

@@ -126,6 +126,24 @@ def test_kill_a_few_times(start: Callable[..., Any], long_whole: Path, tmp_path:
     assert most_repeated <= LONG["save_steps"]
 
 
+def test_kill_one_that_starts_at_the_base(
+    start: Callable[..., Any], data: Path, held_out: Path, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """PiSSA: what it started at is in the checkpoint, and the run goes on to the same bits."""
+    keys = {"lora_init": "pissa", "lora_dropout": 0, "num_train_epochs": 8, "save_steps": 2}
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = start(out=out, **keys)
+    assert _wait_for_steps(process, out, 3)
+    process.kill()
+    assert _end(process)[0] == -signal.SIGKILL
+    told = events(out)
+    assert run(words(data, tiny_qwen, out, "--resume", eval_data=held_out, **keys)) == 0
+    assert run(words(data, tiny_qwen, whole, eval_data=held_out, **keys)) == 0
+    assert events(out) == events(whole)
+    assert len(told) < len(events(whole))
+    assert (digest(out), orphans(out)) == (digest(whole), [])
+
+
 @pytest.mark.faults
 def test_kill_fifty_times(start: Callable[..., Any], long_whole: Path, tmp_path: Path) -> None:
     """Each of them hit a live run (F1); at most `save_steps` steps are repeated."""

@@ -65,6 +65,6 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 def _scales(weight: Any) -> list[torch.Tensor]:
     if get_bnb_param_type(weight) == "8bit":
-        return [weight.SCB]
+        return [scales] if (scales := weight.SCB) is not None else []
     states = [weight.quant_state, weight.quant_state.state2]
     return [tensor for state in states if state is not None for tensor in (state.absmax, state.code)]

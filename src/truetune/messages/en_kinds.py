@@ -10,7 +10,7 @@ TEXTS = {
         "pissa, found faster."
     ),
     "field.loraplus_lr_ratio": "LoRA+: the learning rate of B over that of A, at least 1 (16 is usual).",
-    "field.quantization": "Hold the base in 4bit or 8bit (bitsandbytes): less memory, slower; none: as it is.",
+    "field.quantization": "Keep the base in 4bit or 8bit (bitsandbytes): less memory, slower. None: as it is.",
     "preflight.gguf": (
         "The GGUF file has {file:.2f} GB; it is read dequantised, and its weights take {memory:.2f} GB as {kind}."
     ),
