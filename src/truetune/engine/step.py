@@ -295,7 +295,7 @@ def held_out_sum(engine: Engine, forwards: Iterable[Forward]) -> float:
 
 def held_out_loss(engine: Engine, pairs: Sequence[Pair]) -> float:
     """Return the mean loss (nats a learned token) of `pairs` without dropout."""
-    return held_out_sum(engine, make_forwards(engine, pairs)) / sum(len(pair.answer_ids) for pair in pairs)
+    return float(held_out_sum(engine, make_forwards(engine, pairs))) / sum(len(pair.answer_ids) for pair in pairs)
 
 
 @contextmanager
