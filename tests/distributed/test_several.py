@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import apart
+from several import apart
 from worker import rows_of
 
 from truetune.engine.compare import use_kind
