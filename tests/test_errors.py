@@ -72,7 +72,7 @@ def test_several_faults_are_joined_in_order() -> None:
 
 
 def test_only_user_faults_are_user_errors() -> None:
-    assert [isinstance(error, UserError) for error, _ in KINDS] == [True] * 3 + [False] * 5
+    assert [isinstance(error, UserError) for error, _ in KINDS] == [True] * 3 + [False] * 6
 
 
 def test_stopped_names_the_command_that_goes_on() -> None:
