@@ -18,6 +18,7 @@ from truetune.cli import COMMANDS, Program, run
 from truetune.commands.check import KEYS
 from truetune.config import PER_DEVICE_KEYS, Config, Settings
 from truetune.errors import NumericsError, Stopped, TruetuneError, UserError, out_of_memory
+from truetune.place import Place
 from truetune.rundir import Run
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "numpy", "pyarrow", "safetensors")
@@ -63,6 +64,8 @@ def trained(monkeypatch: Patch, tmp_path: Path) -> list[Any]:
         return Run(tmp_path, 0, None, None, None)
 
     replace_train(monkeypatch, train)
+    # As in a process that torchrun started: --devices starts nothing.
+    monkeypatch.setattr("truetune.commands.train.read_place", lambda: Place(size=2))
     return calls
 
 
@@ -222,7 +225,7 @@ VALUES = {
     "tracker_project": "p",
     "tracker_name": "n",
     "output_dir": "out",
-    "devices": "1",
+    "devices": "2",
     "strategy": "shard",
 }
 

@@ -10,6 +10,7 @@ from truetune.errors import (
     NumericsError,
     RowError,
     Stopped,
+    ToldElsewhere,
     TruetuneError,
     UserError,
     UserErrors,
@@ -25,6 +26,7 @@ KINDS: list[tuple[TruetuneError, int]] = [
     (Stopped(2, where="runs/x"), 130),
     (Stopped(15, where="runs/x"), 143),
     (Interrupted(), 130),
+    (ToldElsewhere(4), 4),
 ]
 
 
@@ -36,7 +38,7 @@ def test_each_kind_has_its_exit_code(error: TruetuneError, code: int) -> None:
 def test_the_table_holds_every_kind() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TruetuneError)}
     assert kinds - {TruetuneError} == {type(error) for error, _ in KINDS}
-    assert len(kinds) == 8
+    assert len(kinds) == 9
 
 
 @pytest.mark.parametrize(("error", "code"), KINDS, ids=lambda value: type(value).__name__)
@@ -70,7 +72,7 @@ def test_several_faults_are_joined_in_order() -> None:
 
 
 def test_only_user_faults_are_user_errors() -> None:
-    assert [isinstance(error, UserError) for error, _ in KINDS] == [True] * 3 + [False] * 5
+    assert [isinstance(error, UserError) for error, _ in KINDS] == [True] * 3 + [False] * 6
 
 
 def test_stopped_names_the_command_that_goes_on() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import apart, environment, torchrun
 from safetensors.torch import load_file
+from several import apart, environment, torchrun
 
 from truetune import checkpoint
 from truetune.cli import run

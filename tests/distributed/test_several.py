@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import apart
+from several import apart
 from worker import rows_of
 
 from truetune.engine.compare import use_kind
@@ -62,12 +62,16 @@ class Threaded(Ranks):
 ROWS = rows_of([[((1, 2, 3, *range(10, 10 + n % 4)), tuple(range(50, 52 + n % 3)))] for n in range(16)])
 
 
-def run(folder: Path, ranks: Ranks, raised: Callable[[], int | None] = lambda: None) -> Any:
-    """Events and adapter of a few steps."""
+def load(folder: Path) -> Any:
+    """The tiny model with LoRA; never in two threads at a time, since loading and seeding are the process's."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    model = add_lora(model, r=4, alpha=8, dropout=0.0, targets=["all-linear"], seed=1).train()
+    return add_lora(model, r=4, alpha=8, dropout=0.0, targets=["all-linear"], seed=1).train()
+
+
+def run(model: Any, ranks: Ranks, raised: Callable[[], int | None] = lambda: None) -> Any:
+    """Events and adapter of a few steps."""
     trained = [part for part in model.parameters() if part.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-6)
     engine = use_kind(Engine(model, "trie", 0, 64))
@@ -84,15 +88,17 @@ def together(
 ) -> Any:
     """The same in so many threads."""
     hall = Hall(size)
+    models = [load(folder) for _ in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        ranks = [Threaded(Place(rank, size), hall) for rank in range(size)]
-        return [f.result() for f in [pool.submit(run, folder, one, raised(one.rank)) for one in ranks]]
+        ranks = [Threaded(Place(rank, size), hall=hall) for rank in range(size)]
+        futures = [pool.submit(run, models[one.rank], one, raised(one.rank)) for one in ranks]
+        return [future.result() for future in futures]
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_equal_one_process(size: int, tiny_qwen: Path) -> None:
     """All events that are figures, on every rank; fewer tokens are computed by none than together by one."""
-    alone = run(tiny_qwen, ALONE)
+    alone = run(load(tiny_qwen), ALONE)
     found = together(tiny_qwen, size)
     assert len(found) == size
     for events, adapter in found:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Told, apart, work
+from several import Told, apart, work
 from worker import PLANTS, train
 
 from truetune.config import resolve

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Told, apart, work
+from several import Told, apart, work
 from worker import ADAM_EPS, SEED, rows_of, train
 
 from truetune.engine.compare import use_kind

@@ -46,4 +46,8 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
     around = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}
     # The root has no weights of its own: it lets the layers fetch theirs one ahead.
     fully_shard(inner, mesh=mesh, ignored_params=around)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            # Else what is left keeps the whole file of weights mapped into memory.
+            parameter.data = parameter.data.clone()
     return model

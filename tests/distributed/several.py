@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
-
-pytest.register_assert_rewrite("worker")
 
 FOLDER = Path(__file__).resolve().parent
 SOURCE = FOLDER.parents[1] / "src"
