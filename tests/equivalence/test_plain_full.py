@@ -112,7 +112,8 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
             logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
         )
         loss.backward()
-        norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in parameters))
+        wide = (parameter.grad.double().flatten() for parameter in parameters)
+        norm = math.sqrt(sum(float(gradient @ gradient) for gradient in wide))
         for parameter in parameters:
             parameter.grad *= min(1.0, 1.0 / norm)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (event["step"] - 1) / STEPS)
