@@ -126,7 +126,6 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
 @pytest.fixture(scope="module")
 def both(real: Real, rows: Sequence[Row]) -> dict[str, Any]:
     """Our run and the plain one: events, figures, and how far the weights went and are apart."""
-    torch.set_num_threads(2)
     began = time.perf_counter()
     events = run_ours(real, rows, STEPS)
     ours = real.moved()
