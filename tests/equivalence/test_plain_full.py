@@ -31,8 +31,8 @@ pytestmark = pytest.mark.real
 
 STEPS, ROWS_PER_STEP, MAX_TOKENS, SEED, LEARNING_RATE = 20, 2, 60, 7, 1e-5
 TOLERANCE = 1e-5
-# Of how far the weights went. Plain transformers is 3.1e-5 from itself, padded rows against each row alone: an update of
-# 1e-5 is only some thousand times what fp32 can tell at a weight of 0.1 (docs/decisions/014).
+# Of how far the weights went. Plain transformers is 3.1e-5 from itself, padded rows against each row alone: an update
+# of 1e-5 is only some thousand times what fp32 can tell at a weight of 0.1 (docs/decisions/014).
 WEIGHTS_TOLERANCE = 1e-4
 # As in test_plain_loop.py: AdamW's 1e-8 would make whole updates of gradients that are 0 but for rounding.
 ADAM_EPS = 1e-6
