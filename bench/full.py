@@ -102,6 +102,7 @@ def by_trainer(num_steps: int) -> list[float]:
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             bf16=choose_dtype()[0] == "bfloat16",
+            use_cpu=True,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,

@@ -81,6 +81,11 @@ def found(card: dict[str, Any]) -> list[str]:
 LONG = {"learning_rate": 1e-2, "num_train_epochs": 150, "lora_r": 64, "lora_alpha": 64}
 FAULTY: dict[str, tuple[str, list[dict[str, str]], dict[str, Any]]] = {
     "no_change_rate": ("schooled", SUMS, {"learning_rate": 1e-7, "num_train_epochs": 1}),
+    "no_change_rate_full": (
+        "schooled",
+        SUMS,
+        {"finetuning": "full", "learning_rate": 1e-8, "num_train_epochs": 1},
+    ),
     "no_change_steps": ("schooled", SUMS, {"learning_rate": 6e-5, "max_steps": 2}),
     "no_change": ("surprised", SURPRISES, {"learning_rate": 5.1e-5, "num_train_epochs": 11}),
     "learned": ("schooled", SUMS, {"learning_rate": 2e-2, "num_train_epochs": 20}),
@@ -131,4 +136,4 @@ def test_every_finding_has_a_run_that_has_it() -> None:
     ]
     names = {node.value for call in calls for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)}
     assert names == set(FAULTY)
-    assert len(names) == 12
+    assert len(names) == 13

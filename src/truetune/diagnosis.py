@@ -18,7 +18,7 @@ NO_CHANGE_SHARE = 0.02
 """A loss that moved by less than this share of itself has not changed."""
 
 FEW_STEPS, KNOWN_LOSS = 20, 0.1
-LOW_RATES = {"lora": ("no_change_rate", 5e-5), "full": ("no_change_rate_full", 5e-7)}
+LOW_RATES = {"lora": 5e-5, "full": 5e-7}
 RISE_SHARE = 0.05
 """The last held-out loss is that much above the lowest: it is memorising."""
 
@@ -58,9 +58,9 @@ def _change(card: Card) -> Finding:
         return Finding("learned" if card.is_held_out else "learned_trained", values, is_good=True)
     if before < KNOWN_LOSS:
         return Finding("no_change_known", values)
-    name, lowest = LOW_RATES[card.finetuning]
-    if card.learning_rate < lowest:
-        return Finding(name, values | {"rate": card.learning_rate})
+    if card.learning_rate < LOW_RATES[card.finetuning]:
+        is_full = card.finetuning == "full"
+        return Finding("no_change_rate_full" if is_full else "no_change_rate", values | {"rate": card.learning_rate})
     if card.num_steps < FEW_STEPS:
         return Finding("no_change_steps", values | {"steps": card.num_steps})
     return Finding("no_change", values)

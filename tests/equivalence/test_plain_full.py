@@ -31,6 +31,9 @@ pytestmark = pytest.mark.real
 
 STEPS, ROWS_PER_STEP, MAX_TOKENS, SEED, LEARNING_RATE = 20, 2, 60, 7, 1e-5
 TOLERANCE = 1e-5
+# Of how far the weights went. Plain transformers is 3.1e-5 from itself, padded rows against each row alone: an update
+# of 1e-5 is only some thousand times what fp32 can tell at a weight of 0.1 (docs/decisions/014).
+WEIGHTS_TOLERANCE = 1e-4
 # As in test_plain_loop.py: AdamW's 1e-8 would make whole updates of gradients that are 0 but for rounding.
 ADAM_EPS = 1e-6
 FAULT_STEPS = 2
@@ -112,7 +115,8 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
             logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
         )
         loss.backward()
-        norm = math.sqrt(sum(float(torch.linalg.vector_norm(p.grad, dtype=torch.float64)) ** 2 for p in parameters))
+        wide = (parameter.grad.double().flatten() for parameter in parameters)
+        norm = math.sqrt(sum(float(gradient @ gradient) for gradient in wide))
         for parameter in parameters:
             parameter.grad *= min(1.0, 1.0 / norm)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - (event["step"] - 1) / STEPS)
@@ -125,7 +129,6 @@ def run_plain(real: Real, rows: Sequence[Row], events: list[dict[str, Any]]) -> 
 @pytest.fixture(scope="module")
 def both(real: Real, rows: Sequence[Row]) -> dict[str, Any]:
     """Our run and the plain one: events, figures, and how far the weights went and are apart."""
-    torch.set_num_threads(2)
     began = time.perf_counter()
     events = run_ours(real, rows, STEPS)
     ours = real.moved()
@@ -140,7 +143,7 @@ def both(real: Real, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def test_twenty_steps_equal_a_plain_loop(both: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Loss, grad norm and how far the weights went, within 1e-5; every weight went somewhere, and the loss fell."""
+    """Loss, grad norm and how far the weights went, within rounding; every weight moved, and the loss fell."""
     events, figures = both["events"], both["figures"]
     found = {
         "loss": max(abs(e["loss"] / loss - 1) for e, (loss, _) in zip(events, figures, strict=True)),
@@ -151,6 +154,7 @@ def test_twenty_steps_equal_a_plain_loop(both: dict[str, Any], rows: Sequence[Ro
     assert len(events) == STEPS
     assert both["still"] == []
     assert sum(event["loss"] for event in events[-5:]) < sum(event["loss"] for event in events[:5]) - 0.5
+    assert found.pop("weights") <= WEIGHTS_TOLERANCE
     assert all(value <= TOLERANCE for value in found.values()), found
 
 
