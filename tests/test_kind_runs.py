@@ -34,7 +34,7 @@ QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
 def folder(tmp_path_factory: pytest.TempPathFactory, short_answers: None) -> Path:
     """The base and the rows."""
     folder = tmp_path_factory.mktemp("kinds")
-    small_model(folder / "base")
+    small_model(folder / "base", intermediate_size=128)
     (folder / "data.json").write_text(json.dumps(ROWS), encoding="utf-8")
     (folder / "held-out.json").write_text(json.dumps(ROWS[::5]), encoding="utf-8")
     return folder
@@ -84,20 +84,20 @@ def test_resumed_is_uninterrupted_to_the_bit(name: str, trained: Any, capsys: py
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adapter_is_plain_peft_s_on_the_plain_base(name: str, trained: Any, folder: Path) -> None:
+def test_adapter_is_plain_peft_s_on_the_plain_base(
+    name: str, trained: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What our own loading says; far from the base. Quantised: on the base as bitsandbytes alone quantises it."""
-    out = trained(name)
-    ours = load(out)
+    monkeypatch.setattr("truetune.use.choose_dtype", lambda: ("float32", "asked"))
+    ours = load(trained(name))
     ids = ours.renderer.prompt_ids(QUESTION)
     kind = {"quantization_config": BitsAndBytesConfig(**BITS[name](torch.float32))} if name in BITS else {}
     base = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32, **kind)
-    theirs = peft.PeftModel.from_pretrained(base, str(out / "adapter"))
-    # In training bitsandbytes dequantises as we do; there is no dropout.
+    theirs = peft.PeftModel.from_pretrained(base, str(trained(name) / "adapter"))
+    # In training bitsandbytes dequantises as we always do; there is no dropout.
     wanted = theirs.train()(input_ids=torch.tensor([ids])).logits[0].detach()
-    tuned = load(out).model.float()(input_ids=torch.tensor([ids])).logits[0] if name in FULL else None
-    found = wanted if tuned is None else tuned.detach()
     plain = logits(AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32), ids)
-    assert float((found - wanted).abs().max()) <= EXACT
+    assert float((logits(ours.model, ids) - wanted).abs().max()) <= EXACT
     assert float((wanted - plain).abs().max()) > 1e-2
     assert ours.quantization == (name if name in BITS else None)
 

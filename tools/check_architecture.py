@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "weights": {"errors"},
     "fingerprint": {"config", "disk"},
-    "quantisation": {"errors", "engine.quiet"},
+    "quantisation": {"errors", "engine.quiet", "weights"},
     "model": {"errors", "config", "fingerprint", "hub", "quantisation", "weights", "engine.*"},
     "lora_files": {"engine.lora"},
     "checkpoint": {"disk", "errors", "lora_files"},

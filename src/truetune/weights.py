@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,18 @@ def num_embeddings(folder: Path) -> int | None:
 
 def needed_bytes(folder: Path, *, dtype: str, quantization: str | None = None) -> int:
     """Return what the weights take in memory: matrices but for embeddings and head quantised, the rest in `dtype`."""
-    total = 0.0
+    headers = [_tensors(path) for path in folder.glob("*.safetensors")]
+    total = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
+    quantised = sum(math.prod(shape) for _, shape in matrices(folder)) if quantization else 0
+    return int((total - quantised) * BYTES[dtype] + quantised * BYTES[quantization or dtype])
+
+
+def matrices(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape [out, in] of what quantisation takes: matrices but for embeddings and head."""
     for path in folder.glob("*.safetensors"):
         for name, tensor in _tensors(path).items():
-            is_whole = len(tensor["shape"]) < 2 or name.endswith(EMBEDDINGS + HEADS)
-            kind = dtype if quantization is None or is_whole else quantization
-            total += math.prod(tensor["shape"]) * BYTES[kind]
-    return int(total)
+            if len(tensor["shape"]) == 2 and not name.endswith(EMBEDDINGS + HEADS):
+                yield name, tensor["shape"]
 
 
 def require_memory(folder: Path, *, name: str, dtype: str, free_bytes: int, quantization: str | None = None) -> None:
