@@ -16,7 +16,7 @@ from truetune.studio.fields import NOT_IN_A_RECIPE, fault, fields, models, prese
 def test_every_key_has_a_field(lang: str) -> None:
     found = fields(lang)
     assert [field["name"] for field in found] == list(Config.model_fields)
-    assert {field["kind"] for field in found} == {"text", "number", "bool", "choice", "list"} - {"bool"}
+    assert {field["kind"] for field in found} == {"text", "number", "bool", "choice", "list"}
     assert all(field["help"] == text(f"field.{field['name']}", lang) for field in found)
     kinds = {field["name"]: (field["kind"], field["choices"]) for field in found}
     assert kinds["learning_rate"] == ("number", [])
@@ -24,6 +24,7 @@ def test_every_key_has_a_field(lang: str) -> None:
     assert kinds["train_on"] == ("choice", ["all_turns", "last_turn"])
     assert kinds["template"] == ("choice", ["chatml", "instruction-response"])
     assert kinds["gradient_checkpointing"] == ("choice", ["auto", "true", "false"])
+    assert kinds["use_dora"] == ("bool", [])
     assert kinds["target_modules"][0] == "list"
 
 
