@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.small import small_model
 from tests.test_merge import EXACT, apart
+from truetune import checkpoint
 from truetune.cli import run
 from truetune.config import resolve
+from truetune.disk import read_manifest
 from truetune.quantisation import BITS
 from truetune.report import read
 from truetune.use import load
@@ -126,6 +128,14 @@ def test_base_side_is_the_true_base(trained: Any, folder: Path) -> None:
         assert 1e-6 < abs(losses[name] - losses["dora"]) < 0.2
     first = {name: steps(trained(name))[0]["loss"] for name in FULL}
     assert max(first.values()) - min(first.values()) <= 1e-5, "training starts at the base"
+
+
+@pytest.mark.parametrize("name", ["4bit", "rslora"])
+def test_version_of_what_quantises_is_kept(name: str, trained: Any) -> None:
+    """A resume under another one says so."""
+    path = checkpoint.path_of(trained(name) / "checkpoints", 4)
+    assert ("bitsandbytes" in read_manifest(path)["versions"]) == (name == "4bit")
+    assert checkpoint.other_versions(path) == {}
 
 
 def test_rates_of_a_and_b(trained: Any) -> None:
