@@ -1,7 +1,7 @@
 """Memory and rows a second of bases in bf16, 8 and 4 bits, and of LoRA's kinds on bf16, at the Qwen3-0.6B shape.
 
-    python -m bench.quantised             5 bases and kinds, two rounds of two steps each: about 6 minutes
-    python -m bench.quantised --quick     one round of one step
+    python -m bench.quantised             5 bases and kinds, one round of two steps: about 3 minutes
+    python -m bench.quantised --rounds 3
 
 Each is a process of its own, round by round, so that a slow minute hits all of them. Ratios are to plain LoRA on bf16.
 """
@@ -107,14 +107,14 @@ def main() -> None:
     """Measure every case and write the table; with --case, one of them, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="0.6b", choices=list(SHAPES))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--case", choices=list(CASES))
     values = parser.parse_args()
     if values.case:
         sys.stdout.write(json.dumps(measure(values.case, shape=values.shape, num_steps=values.steps)) + "\n")
         return
-    num_rounds, num_steps = (1, 1) if values.quick else (2, values.steps)
+    num_rounds, num_steps = values.rounds, values.steps
     model_folder(values.shape)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
     for number in range(num_rounds):
@@ -127,8 +127,7 @@ def main() -> None:
     }
     text = markdown(values.shape, found, describe_machine())
     sys.stdout.write(text)
-    if not values.quick:
-        (RESULTS / f"quantised-{values.shape}.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"quantised-{values.shape}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.small import small_model
 from tests.test_merge import EXACT, apart
+from truetune import checkpoint
 from truetune.cli import run
 from truetune.config import resolve
+from truetune.disk import read_manifest
 from truetune.quantisation import BITS
 from truetune.report import read
 from truetune.use import load
@@ -34,7 +36,7 @@ QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
 def folder(tmp_path_factory: pytest.TempPathFactory, short_answers: None) -> Path:
     """The base and the rows."""
     folder = tmp_path_factory.mktemp("kinds")
-    small_model(folder / "base")
+    small_model(folder / "base", intermediate_size=128)
     (folder / "data.json").write_text(json.dumps(ROWS), encoding="utf-8")
     (folder / "held-out.json").write_text(json.dumps(ROWS[::5]), encoding="utf-8")
     return folder
@@ -84,20 +86,20 @@ def test_resumed_is_uninterrupted_to_the_bit(name: str, trained: Any, capsys: py
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adapter_is_plain_peft_s_on_the_plain_base(name: str, trained: Any, folder: Path) -> None:
+def test_adapter_is_plain_peft_s_on_the_plain_base(
+    name: str, trained: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What our own loading says; far from the base. Quantised: on the base as bitsandbytes alone quantises it."""
-    out = trained(name)
-    ours = load(out)
+    monkeypatch.setattr("truetune.use.choose_dtype", lambda: ("float32", "asked"))
+    ours = load(trained(name))
     ids = ours.renderer.prompt_ids(QUESTION)
     kind = {"quantization_config": BitsAndBytesConfig(**BITS[name](torch.float32))} if name in BITS else {}
     base = AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32, **kind)
-    theirs = peft.PeftModel.from_pretrained(base, str(out / "adapter"))
-    # In training bitsandbytes dequantises as we do; there is no dropout.
+    theirs = peft.PeftModel.from_pretrained(base, str(trained(name) / "adapter"))
+    # In training bitsandbytes dequantises as we always do; there is no dropout.
     wanted = theirs.train()(input_ids=torch.tensor([ids])).logits[0].detach()
-    tuned = load(out).model.float()(input_ids=torch.tensor([ids])).logits[0] if name in FULL else None
-    found = wanted if tuned is None else tuned.detach()
     plain = logits(AutoModelForCausalLM.from_pretrained(str(folder / "base"), dtype=torch.float32), ids)
-    assert float((found - wanted).abs().max()) <= EXACT
+    assert float((logits(ours.model, ids) - wanted).abs().max()) <= EXACT
     assert float((wanted - plain).abs().max()) > 1e-2
     assert ours.quantization == (name if name in BITS else None)
 
@@ -126,6 +128,14 @@ def test_base_side_is_the_true_base(trained: Any, folder: Path) -> None:
         assert 1e-6 < abs(losses[name] - losses["dora"]) < 0.2
     first = {name: steps(trained(name))[0]["loss"] for name in FULL}
     assert max(first.values()) - min(first.values()) <= 1e-5, "training starts at the base"
+
+
+@pytest.mark.parametrize("name", ["4bit", "rslora"])
+def test_version_of_what_quantises_is_kept(name: str, trained: Any) -> None:
+    """A resume under another one says so."""
+    path = checkpoint.path_of(trained(name) / "checkpoints", 4)
+    assert ("bitsandbytes" in read_manifest(path)["versions"]) == (name == "4bit")
+    assert checkpoint.other_versions(path) == {}
 
 
 def test_rates_of_a_and_b(trained: Any) -> None:

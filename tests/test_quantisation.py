@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,13 @@ def test_a_machine_that_it_has_no_code_for(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError) as caught:
         quantisation.require("4bit", folder=small_model(tmp_path / "base"), name="base")
     assert (caught.value.key, caught.value.values["kind"]) == ("quantisation_machine", "4bit")
+
+
+def test_rows_that_bitsandbytes_reads_back_wrongly(tmp_path: Path) -> None:
+    """Rows of 96 in 4 bits: refused; in 8 bits fine."""
+    base = find_base(str(small_model(tmp_path / "base")), quantization="4bit")
+    with pytest.raises(UserError) as caught:
+        load_base(base, "float32")
+    assert (caught.value.key, caught.value.values["width"]) == ("quantisation_width", 96)
+    assert "down_proj" in caught.value.values["name"]
+    assert load_base(replace(base, quantization="8bit"), "float32").model.layers[0].mlp.down_proj.dense is not None

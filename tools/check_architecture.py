@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": {"errors"},
     "weights": {"errors"},
     "fingerprint": {"config", "disk", "weights"},
-    "quantisation": {"errors", "engine.quiet"},
+    "quantisation": {"errors", "engine.quiet", "weights"},
     "model": {"errors", "config", "fingerprint", "hub", "quantisation", "weights", "engine.*"},
     "lora_files": {"engine.lora"},
     "trained": {"disk", "engine.master", "lora_files", "model", "weights"},

@@ -85,9 +85,9 @@ class State:
         return (4 if any(True for _ in started(self.model)) else 3) * size
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what is computed."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of the libraries that decide what is computed; `more`: of those that only some runs need."""
+    return {name: importlib.metadata.version(name) for name in (*PACKAGES, *more)}
 
 
 def machine() -> dict[str, str]:
@@ -105,7 +105,8 @@ def save(folder: Path, step: int, *, state: State, write_extra: Callable[[Path],
     target = path_of(folder, step)
     _require_finite(state, step)
     require_space(folder, state.num_bytes)
-    facts = {"identity": dict(state.identity), "versions": versions(), "machine": machine()}
+    more = ("bitsandbytes",) if "quantization" in state.base else ()
+    facts = {"identity": dict(state.identity), "versions": versions(*more), "machine": machine()}
     with staged(target, step=step, **facts) as staging:
         state.trained.save(staging)
         write_extra(staging)
@@ -200,7 +201,8 @@ def differences(folder: Path, identity: Mapping[str, str]) -> dict[str, tuple[st
 def other_versions(folder: Path) -> dict[str, tuple[str, str]]:
     """Return {name: (then, now)} for every library that is another version now, and what differs of the machine."""
     manifest = read_manifest(folder)
-    saved, now = {"ranks": "1"} | manifest["versions"] | manifest["machine"], versions() | machine()
+    more = manifest["versions"].keys() & {"bitsandbytes"}
+    saved, now = {"ranks": "1"} | manifest["versions"] | manifest["machine"], versions(*more) | machine()
     return {name: (saved.get(name, "-"), value) for name, value in now.items() if saved.get(name) != value}
 
 

@@ -85,7 +85,8 @@ def merge(source: Source, *, output: Path, dtype: str = "auto") -> Merged:
         model.to(getattr(torch, stored)).save_pretrained(str(folder))
         del model
         write_use(folder, source)
-        again = load_base(replace(source.base, name=str(output), folder=folder), "float32").eval()
+        whole = replace(source.base, name=str(output), folder=folder, quantization=None)
+        again = load_base(whole, "float32").eval()
         drift = compare(reference.logits, answer_logits(reference.pairs, of=model_logits(again)))
         refuse_far(drift, where=str(output), fix="merge_far", limits=LIMITS[stored])
     return Merged(output, stored, drift, lost, reference.learned or 0.0, reference.trained)

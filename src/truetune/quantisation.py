@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import UserError
+from truetune.weights import matrices
 
 BITS: dict[str, Callable[[Any], dict[str, Any]]] = {
     # As QLoRA does (arXiv:2305.14314): NormalFloat, the scales of blocks of 64 quantised once more.
@@ -20,6 +21,10 @@ BITS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "8bit": lambda _dtype: {"load_in_8bit": True},
 }
 """The values of `quantization` → what bitsandbytes is told."""
+
+BLOCK = 64
+"""Weights that share a scale in 4 bits. Where rows are no whole blocks, bitsandbytes 0.50 reads other weights back on a
+CPU than it wrote: 27 % of a [64, 96] matrix's norm are wrong, against 9 % for rounding."""
 
 
 def arguments(kind: str | None, *, dtype: Any) -> dict[str, Any]:
@@ -50,3 +55,6 @@ def require(kind: str, *, folder: Path, name: str) -> None:
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         values = {"version": bitsandbytes.__version__, "kind": kind}
         raise UserError("quantisation_machine", where=f"quantization: {kind}", fix="quantisation_machine", **values)
+    for tensor, (_, width) in matrices(folder) if kind == "4bit" else ():
+        if width % BLOCK:
+            raise UserError("quantisation_width", where=name, fix="quantisation_width", name=tensor, width=width)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,19 @@ def needed_bytes(folder: Path, *, dtype: str, quantization: str | None = None, i
 
     `quantization`: of matrices but for embeddings and head; the rest is in `dtype`.
     """
+    total = count_parameters(folder)
     if is_full:
-        return count_parameters(folder) * FULL_BYTES[dtype]
-    total = 0.0
+        return total * FULL_BYTES[dtype]
+    quantised = sum(math.prod(shape) for _, shape in matrices(folder)) if quantization else 0
+    return int((total - quantised) * BYTES[dtype] + quantised * BYTES[quantization or dtype])
+
+
+def matrices(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape [out, in] of what quantisation takes: matrices but for embeddings and head."""
     for path in weight_files(folder):
         for name, tensor in _tensors(path).items():
-            is_whole = len(tensor["shape"]) < 2 or name.endswith(EMBEDDINGS + HEADS)
-            kind = dtype if quantization is None or is_whole else quantization
-            total += math.prod(tensor["shape"]) * BYTES[kind]
-    return int(total)
+            if len(tensor["shape"]) == 2 and not name.endswith(EMBEDDINGS + HEADS):
+                yield name, tensor["shape"]
 
 
 def require_memory(needed: int, free: int, *, name: str, dtype: str, is_full: bool = False) -> None:

@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model on disk."""
-    return small_model(tmp_path_factory.mktemp("quantised") / "base")
+    return small_model(tmp_path_factory.mktemp("quantised") / "base", intermediate_size=128)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +79,7 @@ def test_evaluation_is_training_without_dropout(bits: str, folder: Path) -> None
     assert sum(float(gradient.norm()) > 0 for gradient in gradients.values()) == len(gradients) == 2 * 3 * 7
 
 
-@pytest.mark.parametrize(("bits", "most"), [("4bit", 0.16), ("8bit", 0.02)])
+@pytest.mark.parametrize(("bits", "most"), [("4bit", 0.12), ("8bit", 0.02)])
 def test_layers_memory_and_counts(bits: str, most: float, folder: Path) -> None:
     """All linear layers but the head are quantised, near their weights; what they hold is told."""
     plain, model = (load_base(find_base(str(folder), quantization=q), "float32") for q in (None, bits))
@@ -102,5 +102,5 @@ def test_a_bias_is_added(folder: Path) -> None:
     layer = load_base(find_base(str(folder), quantization="4bit"), "float32").model.layers[0].mlp.up_proj
     x = torch.ones(2, 64)
     with_bias = copy.copy(layer)
-    with_bias._parameters = {**layer._parameters, "bias": torch.nn.Parameter(torch.ones(96), requires_grad=False)}
+    with_bias._parameters = {**layer._parameters, "bias": torch.nn.Parameter(torch.ones(128), requires_grad=False)}
     assert torch.allclose(with_bias(x), layer(x) + 1)

@@ -67,7 +67,11 @@ def plain_loss_and_gradients(model: Any, pairs: list[Pair]) -> tuple[float, dict
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_is_plain_peft(family: str, kind: str) -> None:
-    """Loss within 1e-5, every gradient tensor within 1e-5 of its norm; DoRA's lengths are among them."""
+    """Loss within 1e-5, every gradient tensor within 1e-5 of its norm; DoRA's lengths are among them.
+
+    Twice that where PEFT rounds W - s B0 A0, which here is never made.
+    """
+    most = 2e-5 if kind in STARTED else 1e-5
     base, pairs = base_of(family), random_pairs()
     wanted_loss, wanted = plain_loss_and_gradients(by_peft(copy.deepcopy(base), KINDS[kind]), pairs)
     model = ours(base, KINDS[kind])
@@ -78,7 +82,7 @@ def test_every_way_is_plain_peft(family: str, kind: str) -> None:
         assert loss == pytest.approx(wanted_loss, rel=1e-5), way
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
-            assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), (way, name)
+            assert float((found[name] - gradient).norm()) <= most * float(gradient.norm()), (way, name)
             compared += 1
     assert compared >= len(WAYS) * 3 * 4 * 2
     assert any("magnitude" in name for name in wanted) == ("dora" in kind)

@@ -25,6 +25,7 @@ def test_every_key_has_a_field(lang: str) -> None:
     assert kinds["template"] == ("choice", ["chatml", "instruction-response"])
     assert kinds["gradient_checkpointing"] == ("choice", ["auto", "true", "false"])
     assert kinds["streaming"] == ("bool", [])
+    assert kinds["use_dora"] == ("bool", [])
     assert kinds["target_modules"][0] == "list"
 
 

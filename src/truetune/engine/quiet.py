@@ -17,14 +17,15 @@ def _import_bitsandbytes() -> bool:
         return False
     if "bitsandbytes" not in sys.modules:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        is_hidden = "kernels" not in sys.modules
-        if is_hidden:
-            sys.modules["kernels"] = None  # type: ignore[assignment]
+        # transformers has imported it by now, where it is installed.
+        hidden = sys.modules.get("kernels")
+        sys.modules["kernels"] = None  # type: ignore[assignment]
         try:
             import bitsandbytes  # noqa: F401
         finally:
-            if is_hidden:
-                del sys.modules["kernels"]
+            del sys.modules["kernels"]
+            if hidden is not None:
+                sys.modules["kernels"] = hidden
     return True
 
 

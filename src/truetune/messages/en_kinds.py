@@ -37,6 +37,8 @@ TEXTS = {
     "fix.quantised_twice": "Take the unquantised base of the same name, or leave quantization out.",
     "error.quantisation_machine": "bitsandbytes {version} has no code for this machine, so that {kind} cannot run",
     "fix.quantisation_machine": "Leave quantization out and take a smaller base, or train on another machine.",
+    "error.quantisation_width": "{name} has rows of {width} weights: bitsandbytes reads back wrong ones in 4 bits",
+    "fix.quantisation_width": "Take 8bit, or leave quantization out: 4 bits need rows of a multiple of 64.",
     "error.vllm_kind": "vLLM would not compute what was trained: {kind}",
     "fix.vllm_kind": "truetune merge RUN --output-dir DIR, and serve that folder; or leave out --engine.",
 }

@@ -31,6 +31,8 @@ TEXTS = {
     "fix.quantised_twice": "请换成同名的未量化基座，或去掉 quantization。",
     "error.quantisation_machine": "bitsandbytes {version} 没有适合这台机器的代码，无法使用 {kind}",
     "fix.quantisation_machine": "请去掉 quantization 并换一个较小的基座，或换一台机器训练。",
+    "error.quantisation_width": "{name} 每行有 {width} 个权重：bitsandbytes 用 4 位时会读回错误的权重",
+    "fix.quantisation_width": "请用 8bit，或去掉 quantization：4 位要求每行是 64 的倍数。",
     "error.vllm_kind": "vLLM 算出的不会是训练的结果：{kind}",
     "fix.vllm_kind": "请先 truetune merge RUN --output-dir DIR，再对外服务那个文件夹；或去掉 --engine。",
 }
