@@ -25,8 +25,8 @@ RISE_SHARE = 0.05
 GAP_SHARE = 0.5
 """The loss of trained rows is below this share of the held-out rows' loss: it is memorising."""
 
-GAINED_SHARE = 0.5
-"""Rows in which the chosen answer has to gain on the rejected one."""
+GAINED_SHARE, LEAST_MARGIN = 0.5, 0.05
+"""Rows in which the chosen answer has to gain on the rejected one, and nats in the mean: below, it is rounding."""
 
 STOP_SHARE, REPEAT_SHARE = 0.5, 0.3
 FORGOT_NATS = 1.0
@@ -74,7 +74,7 @@ def _preference(preferred: Preferred) -> Finding:
         "gained": preferred.gained,
         "margin": preferred.margin,
     }
-    is_learned = preferred.gained > GAINED_SHARE and preferred.margin > 0
+    is_learned = preferred.gained > GAINED_SHARE and preferred.margin > LEAST_MARGIN
     return Finding("preferred" if is_learned else "not_preferred", values, is_good=is_learned)
 
 
