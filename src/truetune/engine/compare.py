@@ -2,7 +2,7 @@
 
 Two pairs run through both, loss and gradient are compared, and the fastest way that agrees is taken: tries, else padded
 rows, else the model's and PEFT's own code alone. That is the rule, not a list of model names: it finds layers that are
-no plain attention (Qwen3-Next, Qwen3.5, LFM), unknown heads, scales and caps.
+neither attention nor a state that branches (Mamba 1, attention sinks), unknown heads, scales and caps.
 """
 
 from __future__ import annotations
