@@ -1,6 +1,6 @@
 """Rows a second of hybrid models: tries, where the state branches, against padded rows of the same pairs.
 
-    python -m bench.hybrid                      a quarter of Qwen3.5-0.8B's layers, huanhuan's rows: a few minutes
+    python -m bench.hybrid                      a third of Qwen3.5-0.8B's layers, huanhuan's rows: a few minutes
     python -m bench.hybrid --shape lfm2         half of LFM2-350M's
     python -m bench.hybrid --profile trie       where the time of a step goes
 

@@ -10,8 +10,9 @@ import torch
 
 from truetune.cli import run
 from truetune.config import examples_folder
+from truetune.engine.fused import fuse
+from truetune.model import find_base, load_adapter, load_base
 from truetune.rundir import RunDir
-from truetune.use import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_answers")]
 
@@ -60,7 +61,7 @@ def hybrid_run(tiny_hybrid: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_tries_are_chosen(hybrid_run: Path) -> None:
     """The comparison before step 1 takes tries, and a step computes fewer tokens than its rows have."""
-    events = RunDir(hybrid_run).read_events()
+    events = list(RunDir(hybrid_run).read_events())
     (compared,) = [event for event in events if event["kind"] == "comparison"]
     assert (compared["attention"], compared["is_same"]) == ("trie", True)
     steps = [event for event in events if event["kind"] == "step"]
@@ -72,7 +73,9 @@ def test_plain_peft_computes_what_was_trained(hybrid_run: Path, tiny_hybrid: Pat
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    ours = load(str(hybrid_run)).model.eval()
+    base = load_base(find_base(str(tiny_hybrid)), "float32")
+    assert fuse(base) > 3 * 2
+    ours = load_adapter(base, hybrid_run / "adapter").eval()
     base = AutoModelForCausalLM.from_pretrained(tiny_hybrid, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, hybrid_run / "adapter").eval()
     moved = [value for name, value in plain.named_parameters() if "lora_B" in name and float(value.abs().max()) > 0]

@@ -39,4 +39,5 @@ def path_by_path(trie: Trie, run: Callable[..., torch.Tensor], *inputs: torch.Te
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return how far two tensors are apart, by norm."""
+    found, wanted = found.detach(), wanted.detach()
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-9))

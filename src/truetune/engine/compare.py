@@ -2,7 +2,8 @@
 
 Two pairs, or two preference rows, run through both, loss and gradient are compared, and the fastest way that agrees is
 taken: tries, else padded rows, else the model's and PEFT's own code alone. That is the rule, not a list of model names:
-it finds layers that are no plain attention (Qwen3-Next, Qwen3.5, LFM), unknown heads, scales and caps.
+it finds layers that are neither attention nor a state that branches (Mamba 1, attention sinks), unknown heads, scales
+and caps.
 
 All trained weights are compared, those of full fine-tuning, too: of a large gradient G [out, in] its product with a few
 random signs [in, 8] is kept, whose norm is that of G in expectation (Johnson-Lindenstrauss), and the gradient is freed

@@ -179,12 +179,12 @@ class _Part:
         told = self.v.float()
         if states is not None:
             told = told - self.decay[..., None] * self.with_states(self.k, states)
-        return self.solve(told.mul(self.beta[..., None]), self.system).to(self.v.dtype)
+        return self.solve(told.mul(self.beta[..., None])).to(self.v.dtype)
 
-    def solve(self, x: torch.Tensor, system: torch.Tensor) -> torch.Tensor:
-        """Return (I + system)^-1 x; of the system, the triangle off the diagonal counts."""
-        is_upper = system is not self.system
-        solved: torch.Tensor = torch.linalg.solve_triangular(system, x, upper=is_upper, unitriangular=True)
+    def solve(self, x: torch.Tensor, *, is_transposed: bool = False) -> torch.Tensor:
+        """Return (I + M)^-1 x, or (I + M)^-T x; the diagonal of `system` is not read."""
+        system = self.system.mT if is_transposed else self.system
+        solved: torch.Tensor = torch.linalg.solve_triangular(system, x, upper=is_transposed, unitriangular=True)
         return solved
 
     def answers(self, states: torch.Tensor | None, u: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ class _Part:
         grad_u = self.scores.mT.to(dtype) @ grad
         if end is not None:
             grad_u = grad_u + (k * self.left[..., None]).to(dtype) @ end.to(dtype)
-        grad_r = self.solve(grad_u.float(), self.system.mT)
+        grad_r = self.solve(grad_u.float(), is_transposed=True)
         narrow = grad_r.to(dtype)
         # Of the products inside: x through M, y through A.
         through_m = (narrow @ u.mT).float().mul_(self.between).neg_().tril_(-1)
