@@ -269,6 +269,6 @@ def remembered(place: Path, tmp_path: Path) -> Callable[[int], list[int]]:
 
 def test_memory_is_flat(remembered: Callable[[int], list[int]]) -> None:
     """From the second tenth of a file to its end: no more than noise, a small part of what the rows would take."""
-    marks = remembered(60_000)
+    marks = remembered(40_000)
     assert len(marks) == 10
     assert marks[-1] - marks[1] < 12e6, [round(mark / 1e6) for mark in marks]

@@ -411,9 +411,9 @@ MUTANTS = (
     ),
     Mutant(
         "35 rows of another shape are read as if they lacked keys",
-        "data/prepare.py",
-        "if name not in (None, first):",
-        "if False:",
+        "data/batches.py",
+        "if name in (None, self.first):",
+        "if True:",
         "tests/data/test_bad_data.py",
     ),
     Mutant(

@@ -50,7 +50,7 @@ TEXTS = {
     "tune.train": "用最好的配置训练：truetune train --config {path}",
     "tune.title": "搜索：{name}",
     "tune.scatter": "留出损失与学习率",
-    "tune.legend": "小点：提前放弃。方块：失败。黑边：最好的。",
+    "tune.legend": "小点：提前放弃。竖条：失败。圈：最好的。",
     "tune.rank": "秩：",
     "tune.best_mark": "最好的",
     "tune.curves": "留出损失与步数",
