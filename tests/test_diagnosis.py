@@ -135,5 +135,6 @@ def test_every_finding_has_a_run_that_has_it() -> None:
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
     ]
     names = {node.value for call in calls for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)}
-    assert names == set(FAULTY)
-    assert len(names) == 13
+    # Those of preferences have their runs in test_preference_runs.py.
+    assert names == {*FAULTY, "preferred", "not_preferred"}
+    assert len(names) == 15

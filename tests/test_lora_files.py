@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from tests.equivalence.test_kinds import base_of, by_peft, ours
 from tests.kinds import KINDS, STARTED
-from truetune import checkpoint
+from truetune import trained
 from truetune.lora_files import from_files, started, to_files
 from truetune.model import add_lora
+from truetune.trained import Adapter
 
 BASE = {"name": "org/model", "revision": "main"}
 IDS = torch.arange(5, 25)[None]
@@ -34,7 +35,7 @@ def test_plain_peft_on_the_plain_base_says_the_same(kind: str, tmp_path: Path) -
     plain = base_of("qwen3")
     model = ours(copy.deepcopy(plain), KINDS[kind])
     wanted = logits(model)
-    checkpoint.save_adapter(model, tmp_path, base=BASE)
+    Adapter(model, BASE).save(tmp_path)
     far = float((logits(plain) - wanted).abs().max())
     found = logits(PeftModel.from_pretrained(plain, str(tmp_path)))
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
@@ -60,8 +61,8 @@ def test_the_files_are_peft_s_own_conversion(kind: str, tmp_path: Path) -> None:
     theirs.peft_config["default"].init_lora_weights = KINDS[kind]["init_lora_weights"]
     theirs.save_pretrained(str(tmp_path / "theirs"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     model = ours(copy.deepcopy(base), KINDS[kind])
-    checkpoint.save_adapter(model, tmp_path / "ours", base=BASE)
-    found, wanted = (load_file(tmp_path / side / checkpoint.ADAPTER) for side in ("ours", "theirs"))
+    Adapter(model, BASE).save(tmp_path / "ours")
+    found, wanted = (load_file(tmp_path / side / trained.ADAPTER) for side in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     assert len(found) == 2 * 3 * 7
     for name, tensor in wanted.items():
@@ -95,8 +96,8 @@ def test_an_unconverted_pissa_adapter_would_be_another_model(tmp_path: Path, mon
     plain = base_of("qwen3")
     model = ours(copy.deepcopy(plain), KINDS["pissa"])
     wanted = logits(model)
-    monkeypatch.setattr(checkpoint, "started", lambda _: iter(()))
-    monkeypatch.setattr(checkpoint, "settings", lambda values, _: values | {"init_lora_weights": True})
-    checkpoint.save_adapter(model, tmp_path, base=BASE)
+    monkeypatch.setattr(trained, "started", lambda _: iter(()))
+    monkeypatch.setattr(trained, "settings", lambda values, _: values | {"init_lora_weights": True})
+    Adapter(model, BASE).save(tmp_path)
     found = logits(PeftModel.from_pretrained(plain, str(tmp_path)))
     assert float((found - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())

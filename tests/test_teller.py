@@ -68,7 +68,7 @@ def test_a_full_disk(run_dir: RunDir, capsys: pytest.CaptureFixture[str], monkey
         append(path, content)
 
     monkeypatch.setattr(rundir, "_append_bytes", once_full)
-    _tell(run_dir, type("Quiet", (), {"log": lambda *_, **__: None, "end_training": lambda _: None})(), steps=4)
+    _tell(run_dir, type("Quiet", (), {"log": lambda *_, **__: None, "trackers": ()})(), steps=4)
     assert [event["step"] for event in run_dir.read_events()] == [1, 2, 3, 4]
     assert [line["step"] for line in run_dir.read_step_rows()] == [1, 2, 3, 4]
     assert not run_dir.has_waiting_lines

@@ -53,7 +53,8 @@ class Trackers:
             return
         # Here, not in the thread: SwanLab ends in the main thread only.
         with limited(timeout_s, late):
-            for tracker in self._accelerator.trackers:
+            # Before init_trackers there are none.
+            for tracker in getattr(self._accelerator, "trackers", ()):
                 # Not end_training, which ends the group of ranks, too (accelerate 1.15, state.py).
                 self._try(tracker.finish)
 

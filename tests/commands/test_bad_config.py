@@ -252,7 +252,7 @@ def test_too_little_memory_is_told_before_loading(
 
     memory = psutil.virtual_memory()._replace(available=10_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr("truetune.assembly.load_base", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("truetune.loading.load_base", lambda *_: pytest.fail("it was loaded"))
     assert train("--dtype", "float32") == 3
     assert "as float32, 0.0 GB are free" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def data_without_rows(place: Place) -> tuple[list[str], str]:
 
 
 def data_folder_empty(place: Place) -> tuple[list[str], str]:
-    place.write("folder/readme.txt", "no data here")
+    place.write("folder/notes.log", "no data here")
     path = str(place.files / "folder")
     return place.words(path), path
 

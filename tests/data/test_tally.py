@@ -12,7 +12,7 @@ from truetune.errors import RowError
 def _tally(number: int) -> Tally:
     error = RowError("row_too_long", where=f"x:{number}", fix="row_too_long", length=number)
     names = Counter({"alpaca": number})
-    return Tally(number, [error], names, Counter({f"key{number}": 1}), number + 1, number + 2)
+    return Tally(number, [error], names, Counter({f"key{number}": 1}), *range(number + 1, number + 5))
 
 
 def test_batches_add_up() -> None:
@@ -23,7 +23,8 @@ def test_batches_add_up() -> None:
         assert vars(before).keys() == {field.name for field in fields(Tally)}
         assert before.num_read == number
     assert [error.where for error in total.refused] == ["x:3", "x:1", "x:2"]
-    assert (total.num_read, total.num_cut, total.num_empty_thinking) == (6, 9, 12)
+    assert (total.num_read, total.num_cut, total.num_split) == (6, 9, 12)
+    assert (total.num_added, total.num_empty_thinking) == (15, 18)
     assert (total.formats, total.ignored) == ({"alpaca": 6}, {"key1": 1, "key2": 1, "key3": 1})
 
 

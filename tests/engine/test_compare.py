@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from truetune.engine import compare, step
+from truetune.engine import compare, objective, step
 from truetune.engine.attention import _Core
 from truetune.engine.compare import choose_engine, comparison_pairs
 from truetune.engine.step import Engine
@@ -115,7 +115,7 @@ def test_unknown_head_falls_back_to_the_models_own(engine: Engine, monkeypatch: 
     assert not any(layer.is_fused for layer in choice.engine.model.modules() if hasattr(layer, "is_fused"))
     monkeypatch.undo()
     forwards = step.make_forwards(choice.engine, PAIRS)
-    loss = step.train_step(choice.engine, forwards, seeds=(0, 0), backward=lambda loss: None).loss
+    loss = objective.train_step(choice.engine, forwards, seeds=(0, 0), backward=lambda loss: None).loss
     trie = choose_engine(engine, PAIRS).engine
     again = step.train_step(trie, step.make_forwards(trie, PAIRS), seeds=(0, 0), backward=lambda loss: None).loss
     assert again == pytest.approx(loss, rel=1e-5)

@@ -202,8 +202,8 @@ def ref_with_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def beta_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked for, it is 0.3."""
-    taken = preference.Scales
-    monkeypatch.setattr(preference, "Scales", lambda _, *rest, **values: taken(0.3, *rest, **values))
+    measure = Preference.measure
+    monkeypatch.setattr(Preference, "measure", lambda self, rows: replace(measure(self, rows), beta=0.3))
 
 
 def sides_swapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_the_contract_names_every_route_and_no_other(page: Any) -> None:
         if method != "HEAD" and getattr(route, "path", "") != "/health"
     }
     assert named == real
-    assert len(real) == 24
+    assert len(real) == 25
 
 
 def test_nothing_heavy_is_loaded() -> None:
@@ -74,5 +74,7 @@ def test_state(page: Any, home: Path, tiny_qwen: Path) -> None:
     state = page.get("state")
     assert (state["cwd"], state["roots"]) == (str(home), [str(home)])
     assert str(tiny_qwen) in state["models"]
-    assert {preset["name"] for preset in state["presets"]} == {"full", "huanhuan", "lighthouse", "text"}
+    recipes = {path.stem for path in (Path(__file__).resolve().parents[2] / "examples").glob("*.yaml")}
+    assert {preset["name"] for preset in state["presets"]} == recipes
+    assert len(recipes) == 8
     assert page.client.get(f"{page.url}health").json() == {"status": "ok"}
