@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +25,11 @@ class Accelerator:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.trackers = [SimpleNamespace(finish=self.log)]
 
     def log(self, *_: Any, **__: Any) -> None:
         self.asked += 1
         raise type("ServiceError", (Exception,), {})("no network")
-
-    def end_training(self) -> None:
-        self.log()
 
 
 @pytest.fixture

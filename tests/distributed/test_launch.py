@@ -24,6 +24,7 @@ from truetune.launch import _code_of, _signals
 from truetune.messages import text
 from truetune.messages.en import TEXTS
 from truetune.rundir import RunDir
+from truetune.trained import ADAPTER
 
 STEPS, TOLERANCE = 24, 1e-5
 # A learning rate at which 1e-7 of rounding is still 1e-5 at the end.
@@ -96,7 +97,7 @@ def rank_process(process: subprocess.Popen[str], rank: int) -> psutil.Process:
 def told(out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Events and adapter of a run's last checkpoint."""
     newest = checkpoint.by_step(out / "checkpoints")[-1]
-    return list(RunDir(out).read_events()), load_file(newest / checkpoint.ADAPTER)
+    return list(RunDir(out).read_events()), load_file(newest / ADAPTER)
 
 
 def assert_same(out: Path, whole: Path) -> None:

@@ -117,7 +117,7 @@ def test_unknown_head_falls_back_to_the_models_own(engine: Engine, monkeypatch: 
     forwards = step.make_forwards(choice.engine, PAIRS)
     loss = objective.train_step(choice.engine, forwards, seeds=(0, 0), backward=lambda loss: None).loss
     trie = choose_engine(engine, PAIRS).engine
-    again = step.train_step(trie, step.make_forwards(trie, PAIRS), seeds=(0, 0), backward=lambda loss: None).loss
+    again = objective.train_step(trie, step.make_forwards(trie, PAIRS), seeds=(0, 0), backward=lambda loss: None).loss
     assert again == pytest.approx(loss, rel=1e-5)
 
 
