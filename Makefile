@@ -4,7 +4,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; d
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-faults test-llama test-browser check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving bench-serving install install-dev docs clean
+.PHONY: demo test test-faults test-llama test-browser check lint fast mutants bench bench-4b bench-scaling bench-lengths bench-data bench-saving bench-serving bench-scale install install-dev docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
@@ -16,7 +16,7 @@ test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny mode
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
-	$(BIN)/python -m pytest -n 2 -m faults tests/test_merge.py tests/export/test_proven.py
+	$(BIN)/python -m pytest -n 2 -m faults tests/test_merge.py tests/export/test_proven.py tests/distributed tests/test_ranks.py
 
 test-llama: .venv/installed-dev ## exports in llama.cpp itself, built from source (three minutes, once)
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
@@ -59,6 +59,15 @@ bench-data: .venv/installed ## rows/s and memory of preparing up to a million ro
 
 bench-saving: .venv/installed ## what checkpoints cost in the demo
 	$(BIN)/python -m bench.saving
+
+bench-scale: .venv/installed-dev ## several devices, quantised bases, preferences beside TRL, hybrid models, all weights, streams
+	$(BIN)/python -m bench.devices
+	$(BIN)/python -m bench.quantised
+	$(BIN)/python -m bench.preferences
+	$(BIN)/python -m bench.hybrid
+	$(BIN)/python -m bench.full
+	$(BIN)/python -m bench.streaming
+	$(BIN)/python -m bench.paper
 
 bench-serving: .venv/installed-dev ## answers of 16 clients at once against one, and 200 clients
 	$(BIN)/python -m bench.serving
