@@ -161,9 +161,9 @@ def test_the_example_runs_with_every_loss(
     taken: list[str] = []
     aim = preference.Preference.aim
 
-    def noted(self: Any, *rest: Any) -> Any:
+    def noted(self: Any, *rest: Any, **share: Any) -> Any:
         taken.append(self.name)
-        return aim(self, *rest)
+        return aim(self, *rest, **share)
 
     monkeypatch.setattr(preference.Preference, "aim", noted)
     line = ["train", "--config", "examples/dpo.yaml", "--model", str(tiny_base), "--max-steps", "2", "--loss", loss]

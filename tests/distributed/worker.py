@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from truetune.engine import step as engine_step
+from truetune.engine import objective
 from truetune.engine.compare import use_kind
 from truetune.engine.memory import set_checkpointing
 from truetune.engine.shard import make_mesh, shard
@@ -119,17 +119,17 @@ PLANTS = (*SUMS, "prompt not masked", "other dropout seed", "one dropout for all
 @contextlib.contextmanager
 def planted(plant: str | None, ranks: Ranks, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """Give the rows to train, with a fault planted inside the block."""
-    right_sum, right_seed = Ranks.sum_gradients, engine_step.dropout_seed
+    right_sum, right_seed = Ranks.sum_gradients, objective.dropout_seed
     if plant in SUMS:
         Ranks.sum_gradients = SUMS[plant](right_sum)  # type: ignore[method-assign]
     if plant == "other dropout seed":
-        engine_step.dropout_seed = lambda _, at, *, forward: right_seed(SEED + 1, at, forward=forward)
+        objective.dropout_seed = lambda _, at, *, forward: right_seed(SEED + 1, at, forward=forward)
     if plant == "one dropout for all ranks":
-        engine_step.dropout_seed = lambda seed, at, *, forward: right_seed(seed, at, forward=forward // ranks.size)
+        objective.dropout_seed = lambda seed, at, *, forward: right_seed(seed, at, forward=forward // ranks.size)
     try:
         yield unmasked(rows) if plant == "prompt not masked" else rows
     finally:
-        Ranks.sum_gradients, engine_step.dropout_seed = right_sum, right_seed  # type: ignore[method-assign]
+        Ranks.sum_gradients, objective.dropout_seed = right_sum, right_seed  # type: ignore[method-assign]
 
 
 def main(path: Path) -> None:

@@ -127,7 +127,7 @@ def test_kill_a_few_times(start: Callable[..., Any], long_whole: Path, tmp_path:
 
 
 def test_kill_one_that_starts_at_the_base(
-    start: Callable[..., Any], data: Path, held_out: Path, tiny_qwen: Path, tmp_path: Path
+    start: Callable[..., Any], data: Path, held_out: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """PiSSA: what it started at is in the checkpoint, and the run goes on to the same bits."""
     keys = {"lora_init": "pissa", "lora_dropout": 0, "num_train_epochs": 8, "save_steps": 2}
@@ -137,8 +137,8 @@ def test_kill_one_that_starts_at_the_base(
     process.kill()
     assert _end(process)[0] == -signal.SIGKILL
     told = events(out)
-    assert run(words(data, tiny_qwen, out, "--resume", eval_data=held_out, **keys)) == 0
-    assert run(words(data, tiny_qwen, whole, eval_data=held_out, **keys)) == 0
+    assert run(words(data, tiny_base, out, "--resume", eval_data=held_out, **keys)) == 0
+    assert run(words(data, tiny_base, whole, eval_data=held_out, **keys)) == 0
     assert events(out) == events(whole)
     assert len(told) < len(events(whole))
     assert (digest(out), orphans(out)) == (digest(whole), [])

@@ -382,7 +382,7 @@ def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     from truetune import assembly
 
     given: Iterator[float] = iter(losses)
-    monkeypatch.setattr(assembly, "loss_evaluator", lambda *_: lambda: next(given))
+    monkeypatch.setattr(assembly, "loss_evaluator", lambda *_, **__: lambda: {"eval_loss": next(given)})
 
 
 @pytest.mark.parametrize(("result", "step"), [("best", 2), ("last", 6)])
