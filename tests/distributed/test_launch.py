@@ -170,6 +170,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_in_shards(rank: int, start: Any, w
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_torchrun_starts_again_by_itself(start: Any, whole: Path, tmp_path: Path) -> None:
     """A rank is killed; torchrun starts both again with the same words, and they go on from the newest checkpoint."""
     out = tmp_path / "out"
@@ -193,6 +194,20 @@ def test_a_fault_of_all_ranks_is_told_once(start: Any, tmp_path: Path) -> None:
     assert errors.count("no_such") == 1
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_example_trains_on_two(tiny_base: Path, tmp_path: Path) -> None:
+    """Two steps of examples/devices.yaml, by the command line: two ranks, one run folder."""
+    root = Path(__file__).resolve().parents[2]
+    line = ["train", "--config", "examples/devices.yaml", "--model", str(tiny_base), "--max-steps", "2"]
+    words = [sys.executable, "-m", "truetune", *line, "--output-dir", str(tmp_path / "out"), "--sample-prompts", "none"]
+    done = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = [event["step"] for event in RunDir(tmp_path / "out").read_events() if event["kind"] == "step"]
+    assert steps == [1, 2]
+    assert done.stdout.count("step 1/2") == 1
+    assert (tmp_path / "out" / "adapter" / ADAPTER).is_file()
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_every_choice_is_taken() -> None:
 
 def test_recipes_are_the_examples_without_their_files() -> None:
     found = presets()
-    assert len(found) == 8
+    assert len(found) == 9
     for preset in found:
         values, _ = load_yaml(examples_folder() / f"{preset['name']}.yaml")
         assert preset["values"] == {key: value for key, value in values.items() if key not in NOT_IN_A_RECIPE}

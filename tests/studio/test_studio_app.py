@@ -76,5 +76,5 @@ def test_state(page: Any, home: Path, tiny_qwen: Path) -> None:
     assert str(tiny_qwen) in state["models"]
     recipes = {path.stem for path in (Path(__file__).resolve().parents[2] / "examples").glob("*.yaml")}
     assert {preset["name"] for preset in state["presets"]} == recipes
-    assert len(recipes) == 8
+    assert len(recipes) == 9
     assert page.client.get(f"{page.url}health").json() == {"status": "ok"}
