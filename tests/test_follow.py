@@ -80,12 +80,3 @@ def test_what_is_told_makes_the_same_configuration(monkeypatch: pytest.MonkeyPat
     tell_start(TWO, config, path=Path("runs/x"), date=None, is_begun=False)
     assert Config(**said[0]["config"]) == config.config
     assert said[0]["path"] == "runs/x"
-
-
-def test_a_stream_is_not_shared() -> None:
-    """Until ranks read the same blocks, it is refused, and not trained otherwise."""
-    settings = resolve({"streaming": True, "max_steps": 3, "devices": 2})
-    with pytest.raises(UserError) as caught:
-        with_devices(settings, Ranks(Place(0, 2)))
-    assert (caught.value.key, caught.value.values["n"]) == ("stream_ranks", 2)
-    assert with_devices(resolve({"streaming": True, "max_steps": 3}), Ranks()).config.streaming

@@ -29,7 +29,7 @@ from truetune.watch import Watch
 def with_devices(settings: Settings, ranks: Ranks) -> Settings:
     """Return the settings with the number of ranks that there are.
 
-    Raises: UserError if another number was asked for, if sharding was and this process is alone, or rows are streamed.
+    Raises: UserError if another number was asked for, or if sharding was and this process is alone.
     """
     config = settings.config
     asked = settings.origins["devices"] != "default" and config.devices != ranks.size
@@ -38,8 +38,6 @@ def with_devices(settings: Settings, ranks: Ranks) -> Settings:
     if asked and settings.origins["devices"].startswith("--"):
         values = {"asked": config.devices, "n": ranks.size}
         raise UserError("devices_twice", where="--devices", fix="devices_twice", **values)
-    if config.streaming and ranks.size > 1:
-        raise UserError("stream_ranks", where="streaming", fix="stream_ranks", n=ranks.size)
     if config.strategy == "shard" and ranks.size == 1:
         raise UserError("shard_alone", where="strategy", fix="shard_alone")
     found = settings.with_chosen(devices=ranks.size)
@@ -111,7 +109,7 @@ def _take_steps(assembly: Assembly, flight: Preflight, *, start: int, watch: Wat
     with StopFlag() as stop:
         loop.raised = lambda: loop.ranks.asked(stop.signal)
         told = loop.run(
-            flight.prepared.train,
+            flight.prepared.to_train,
             start=start,
             evaluate=assembly.evaluate,
             should_stop=lambda: loop.signal is not None or watch.is_over,

@@ -211,6 +211,22 @@ def test_the_example_trains_on_two(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stream_on_two_is_that_on_one(start: Any, tmp_path: Path) -> None:
+    """Every rank reads it, and takes its part of the same steps; a checkpoint's place is everybody's."""
+    words = ["--streaming", "true", "--shuffle-rows", "8", "--num-train-epochs", "3", "--max-steps", "4"]
+    told = []
+    for number in (1, 2):
+        out = tmp_path / f"out{number}"
+        code, _, errors = end(start("--devices", str(number), *words, "--output-dir", str(out)))
+        assert code == 0, errors
+        told.append((list(RunDir(out).read_events()), load_file(out / "adapter" / ADAPTER)))
+        (tmp_path / f"steps{number}").write_bytes((out / "steps.jsonl").read_bytes())
+    assert (tmp_path / "steps1").read_bytes() == (tmp_path / "steps2").read_bytes()
+    assert len((tmp_path / "steps1").read_bytes().splitlines()) == 4
+    assert max(apart(*told).values()) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_second_signal_ends_at_once(start: Any, whole: Path, tmp_path: Path) -> None:
     """No process is left, the checkpoints stand."""

@@ -22,6 +22,4 @@ TEXTS = {
     "fix.shard_other": "Take strategy: replicate.",
     "error.retake_ranks": "the run was trained by {n} processes; one alone adds in another order, so the bits differ",
     "fix.retake_ranks": "Leave --resume-exact out: the files are compared all the same.",
-    "error.stream_ranks": "streamed rows cannot be shared by {n} processes yet",
-    "fix.stream_ranks": "Take one device, or leave streaming out: rows are prepared once and mapped by all.",
 }

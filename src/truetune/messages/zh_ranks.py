@@ -22,6 +22,4 @@ TEXTS = {
     "fix.shard_other": "请改用 strategy: replicate。",
     "error.retake_ranks": "这次训练用了 {n} 个进程；单个进程的求和顺序不同，不会逐位相同",
     "fix.retake_ranks": "请去掉 --resume-exact：文件仍会逐个核对。",
-    "error.stream_ranks": "{n} 个进程还不能共用流式数据",
-    "fix.stream_ranks": "请用一个设备，或去掉 streaming：样本只准备一次，各进程映射同一份。",
 }
