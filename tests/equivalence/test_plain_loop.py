@@ -19,7 +19,7 @@ import torch
 from truetune.config import resolve
 from truetune.data.prepare import prepare
 from truetune.data.template import build_renderer
-from truetune.engine import step
+from truetune.engine import objective
 from truetune.engine.compare import use_kind
 from truetune.engine.lora import FusedLinear, keep_mask
 from truetune.engine.step import Engine
@@ -284,8 +284,8 @@ def test_planted_faults_are_seen(
     fault = dict(FAULTS[name])
     change = fault.pop("change", lambda row: row)
     if "dropout_seed" in fault:
-        other, right = fault.pop("dropout_seed"), step.dropout_seed
-        monkeypatch.setattr(step, "dropout_seed", lambda _seed, at, *, forward: right(other, at, forward=forward))
+        other, right = fault.pop("dropout_seed"), objective.dropout_seed
+        monkeypatch.setattr(objective, "dropout_seed", lambda _seed, at, *, forward: right(other, at, forward=forward))
     events, _ = run_ours(smol, [change(row) for row in rows], FAULT_STEPS, **fault)
     figures = plain[0][:FAULT_STEPS]
     found = [
