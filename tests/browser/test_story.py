@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tests.browser.conftest import Studio, Tab, step_number, until
 from truetune.data.store import StoredRows
@@ -193,7 +194,7 @@ def begin_training(story: Story) -> None:
     story.shot("train")
     story.press("start")
     page.wait_for_url("**/#/run/**", timeout=MINUTES_MS)
-    story.name = str(page.url.rpartition("/")[2])
+    story.name = unquote(page.url.rpartition("/")[2])
 
 
 def moves(story: Story) -> None:

@@ -19,7 +19,7 @@ import torch
 from truetune.config import resolve
 from truetune.data.prepare import prepare
 from truetune.data.template import build_renderer
-from truetune.engine import objective
+from truetune.engine import objective, step
 from truetune.engine.compare import use_kind
 from truetune.engine.lora import FusedLinear, keep_mask
 from truetune.engine.step import Engine
