@@ -250,7 +250,7 @@ def test_too_little_memory_is_told_before_loading(
     """C15: with both numbers."""
     import psutil
 
-    memory = psutil.virtual_memory()._replace(available=10_000_000)
+    memory = psutil.virtual_memory()._replace(available=10_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr("truetune.loading.load_base", lambda *_: pytest.fail("it was loaded"))
     assert train("--dtype", "float32") == 3
