@@ -74,6 +74,59 @@ def test_rows_to_evaluate_on_may_be_given(renderer: Renderer, tmp_path: Path) ->
     assert (len(prepared.train), prepared.report.rows_held_out) == (50, 9)
     assert prepared.feed is not None
     assert prepared.feed.kept_apart == frozenset()
+    assert prepared.report.exact_duplicates == 0
+    numbers = [row.index for row in (*prepared.train, *prepared.held_out)]
+    assert numbers == list(range(59))
+
+
+def test_a_held_out_row_that_is_trained_is_one_that_repeats(renderer: Renderer, tmp_path: Path) -> None:
+    """Of rows that are given to evaluate on, too; what is said is what preparing says."""
+    path, held = write(tmp_path / "a.jsonl", 50), write(tmp_path / "b.jsonl", 9, start=45)
+    given = {"eval_data": [str(held)], "eval_split": 0}
+    streamed, whole = (
+        prepare_stream(config(path, **given), renderer),
+        prepare(config(path, streaming=False, **given), renderer),
+    )
+    for prepared in (streamed, whole):
+        assert prepared.report.exact_duplicates == 5
+        assert [(group.where, group.others) for group in prepared.duplicates()] == [
+            (f"{path}:{line}", (f"{held}:{line - 45}",)) for line in range(46, 51)
+        ]
+    assert [row.index for row in streamed.held_out] == [row.index for row in whole.held_out]
+
+
+def test_pieces_of_texts_have_numbers_of_their_own(renderer: Renderer, tmp_path: Path) -> None:
+    """A text that becomes several rows moves the numbers of all behind it, in the next batch, too."""
+    path = tmp_path / "a.jsonl"
+    texts = [f"{n} " + "and one more word " * (40 if n % 50 == 0 else 1) for n in range(600)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    keys = {"max_length": 64, "eval_split": 0}
+    streamed, whole = (
+        prepare_stream(config(path, **keys), renderer),
+        prepare(config(path, streaming=False, **keys), renderer),
+    )
+    assert len(whole.train) > 620
+    assert list(streamed.train) == list(whole.train)
+    assert streamed.feed is not None
+    (_, rows) = next(streamed.feed.steps(0, batch_size=len(whole.train)))
+    assert sorted(row.index for row in rows) == list(range(len(whole.train)))
+
+
+def test_rejected_answers_count_where_they_are_learned(renderer: Renderer, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea at all, I am afraid."}
+        for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"loss": "dpo", "eval_split": 0}
+    streamed, whole = (
+        prepare_stream(config(path, **keys), renderer),
+        prepare(config(path, streaming=False, **keys), renderer),
+    )
+    assert streamed.report.total_tokens == whole.report.total_tokens
+    assert streamed.train.lengths(0, 1).tolist() == whole.train.lengths(0, 1).tolist()
+    assert len(streamed.train.lengths(0, 1)) == 120
 
 
 def test_the_time_to_begin_does_not_depend_on_the_length(renderer: Renderer, tmp_path: Path) -> None:

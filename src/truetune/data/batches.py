@@ -7,7 +7,7 @@ Done         records of an Arrow file         [151644, 872, …]       | [98965,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from truetune.config import Config
 from truetune.data.encode import Encoded
 from truetune.data.formats import format_of, ignored_keys, to_conversation
 from truetune.data.lengths import MIN_LENGTH, check_lengths, cut_prompts, split_text
-from truetune.data.store import RecordBuilder, RowFacts, hash_of
+from truetune.data.store import RecordBuilder, RowFacts, hash_of, shifted
 from truetune.data.tally import Tally
 from truetune.data.template import CLOSE_THINKING, Draft, Renderer
 from truetune.data.turns import is_target
@@ -75,6 +75,14 @@ class Done:
 
     records: pa.RecordBatch
     tally: Tally
+
+
+def numbered(batches: Iterable[Done]) -> Iterator[pa.RecordBatch]:
+    """Yield the records of batches in their order, each row's number raised by the rows that texts before it added."""
+    num_added = 0
+    for done in batches:
+        yield shifted(done.records, num_added)
+        num_added += done.tally.num_added
 
 
 @dataclass(frozen=True)

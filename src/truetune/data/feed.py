@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from truetune.data.batches import BATCH_ROWS, Done, Job, Preparer
+from truetune.data.batches import BATCH_ROWS, Done, Job, Preparer, numbered
 from truetune.data.crew import Crew
 from truetune.data.store import StoredRows
 from truetune.data.stream import Place, RawBlock, Stream
@@ -163,7 +163,8 @@ class Feed:
                 yield self._block(block, [first, *islice(done, -(-len(block.raws) // BATCH_ROWS) - 1)])
 
     def _block(self, raw: RawBlock, done: list[Done]) -> Block:
-        rows = StoredRows.of_batches(one.records for one in done)
+        is_compared = self.preparer.config.loss != "sft"
+        rows = StoredRows.of_batches(numbered(done), is_compared=is_compared)
         is_apart = np.isin(rows.of_rows("prompt_hash"), np.array(sorted(self.kept_apart), np.uint64))
         numbers = rows.numbers[~is_apart]
         places = (rows[int(at)].where for at in np.flatnonzero(is_apart))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from truetune.config import Config
-from truetune.data.batches import BATCH_ROWS, Job, Preparer
+from truetune.data.batches import BATCH_ROWS, Done, Job, Preparer, numbered
 from truetune.data.feed import Feed
 from truetune.data.prepare import Prepared, Progress, split, stored_rows
 from truetune.data.report import make_report
@@ -35,27 +35,27 @@ def prepare_stream(
     """
     files = find_files(list(config.data), hub=config.hub)
     stream = open_stream(files, encoding=config.encoding, seed=config.seed, block_rows=config.shuffle_rows)
-    preparer, tally, batches = Preparer(config, renderer), Tally(), []
+    preparer, tally, batches = Preparer(config, renderer), Tally(), list[Done]()
     head = next(replace(stream, block_rows=HEAD_ROWS).blocks(Place()))
     for at in range(0, len(head.raws), BATCH_ROWS):
-        done = preparer.run(Job(at, head.raws[at : at + BATCH_ROWS]))
-        batches.append(done.records)
-        tally += done.tally
+        batches.append(preparer.run(Job(at, head.raws[at : at + BATCH_ROWS])))
+        tally += batches[-1].tally
         (on_progress or (lambda _: None))(tally.num_read)
-    rows = StoredRows.of_batches(batches)
+    rows = StoredRows.of_batches(numbered(batches), is_compared=config.loss != "sft")
     if config.eval_data:
-        train = rows
         held_files = find_files(list(config.eval_data), hub=config.hub)
-        held_out, held_tally = stored_rows(
+        held_rows, held_tally = stored_rows(
             held_files, config, renderer=renderer, on_progress=on_progress or (lambda _: None)
         )
+        is_held_out = np.arange(len(rows) + len(held_rows)) >= len(rows)
+        rows = rows.followed_by(held_rows)
         tally += held_tally
-        kept_apart, places = frozenset[int](), frozenset[str]()
     else:
         is_held_out = split(rows.of_rows("prompt_hash"), fraction=config.eval_split, seed=config.seed)
-        train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
-        kept_apart = frozenset(held_out.of_rows("prompt_hash").tolist())
-        places = frozenset(row.where for row in held_out)
+    train, held_out = (rows.chosen(np.flatnonzero(is_held_out == side)) for side in (False, True))
+    # Rows that are given to evaluate on are not looked for in the stream.
+    from_stream = held_out.chosen(held_out.numbers[:0]) if config.eval_data else held_out
+    kept_apart, places = frozenset(from_stream.of_rows("prompt_hash").tolist()), frozenset(from_stream.places())
     report = make_report(config, renderer, tally=tally, sides=(train, held_out), mix=None, lang=lang)
     note = text("note.streaming", lang, rows=len(head.raws), buffer=config.shuffle_rows)
     feed = Feed(stream, preparer, kept_apart, places)

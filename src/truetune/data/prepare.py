@@ -21,7 +21,7 @@ from truetune.data.duplicates import Duplicates
 from truetune.data.feed import Feed
 from truetune.data.report import make_report
 from truetune.data.sources import Source, find_files, read_rows, state_of
-from truetune.data.store import RowWriter, StoredRows
+from truetune.data.store import RowWriter, StoredRows, shifted
 from truetune.data.tally import Tally
 from truetune.data.template import Renderer
 from truetune.engine.order import Mix
@@ -177,7 +177,7 @@ def _prepare_rows(
 
     with Crew(Preparer(config, renderer), num_bytes=sum(file.path.stat().st_size for file in files)) as crew:
         for done in crew.prepare(_jobs(files, config.encoding)):
-            writer.write(done.records, shift=tally.num_added)
+            writer.write(shifted(done.records, tally.num_added))
             tally += done.tally
             on_progress(tally.num_read)
     return tally

@@ -124,12 +124,15 @@ class RowWriter:
         self._writer.close()
         self._sink.close()
 
-    def write(self, records: pa.RecordBatch, *, shift: int = 0) -> None:
-        """Append the records of whole rows, their numbers raised by `shift`: the rows added before them."""
+    def write(self, records: pa.RecordBatch) -> None:
+        """Append the records of whole rows."""
         if len(records):
-            if shift:
-                records = records.set_column(0, SCHEMA.field(0), pc.add(records["row"], shift))
             self._writer.write_batch(records)
+
+
+def shifted(records: pa.RecordBatch, shift: int) -> pa.RecordBatch:
+    """Return records whose rows have their numbers raised by `shift`; all else is shared."""
+    return records.set_column(0, SCHEMA.field(0), pc.add(records["row"], shift)) if shift else records
 
 
 def hash_of(*parts: tuple[int, ...]) -> int:
@@ -262,9 +265,16 @@ class StoredRows(Sequence[Row]):
         self.numbers = np.arange(len(self._file.starts) - 1) if numbers is None else numbers
 
     @classmethod
-    def of_batches(cls, batches: Iterable[pa.RecordBatch]) -> StoredRows:
-        """Return rows that are in memory alone."""
-        return cls(Path(), file=_File([_Records(batch) for batch in batches if len(batch)]))
+    def of_batches(cls, batches: Iterable[pa.RecordBatch], *, is_compared: bool) -> StoredRows:
+        """Return rows that are in memory alone; their numbers rise from batch to batch."""
+        return cls(Path(), file=_File([_Records(batch) for batch in batches if len(batch)]), is_compared=is_compared)
+
+    def followed_by(self, others: StoredRows) -> StoredRows:
+        """Return all rows of two files as those of one, in memory; the second's numbers go on behind the first's."""
+        own = [records.batch for records in self._file.batches]
+        shift = int(own[-1]["row"][-1].as_py()) + 1 if own else 0
+        more = (shifted(records.batch, shift) for records in others._file.batches)
+        return StoredRows.of_batches([*own, *more], is_compared=self.is_compared)
 
     def __len__(self) -> int:
         return len(self.numbers)
