@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
 from truetune.disk import MANIFEST, STAGING, damage, read_manifest, remove, require_space, staged, to_json
-from truetune.engine.master import Masters, own_masters
+from truetune.engine.master import Masters, optimised, own_masters
 from truetune.errors import MachineError, NumericsError, UserError
 from truetune.lora_files import started
 from truetune.ranks import Ranks
@@ -74,14 +74,9 @@ class State:
         return Whole(self.model, self.masters or own_masters(self.model))
 
     @property
-    def weights(self) -> list[torch.Tensor]:
-        """What the optimizer trains."""
-        return [part for group in self.optimizer.param_groups for part in group["params"]]
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of a checkpoint, nearly: the trained weights, AdamW's two moments, and what an adapter started at."""
-        size: int = sum(part.numel() * part.element_size() for part in self.weights)
+        size: int = sum(part.numel() * part.element_size() for part in optimised(self.optimizer))
         return (4 if any(True for _ in started(self.model)) else 3) * size
 
 
@@ -254,7 +249,8 @@ def share(state: State, ranks: Ranks, *, step: int) -> int:
     """
     if ranks.size == 1:
         return step
-    ranks.give(state.weights)
+    weights = optimised(state.optimizer)
+    ranks.give(weights)
     if state.masters is not None:
         state.masters.refresh()
     values = state.optimizer.state_dict()
@@ -269,7 +265,7 @@ def share(state: State, ranks: Ranks, *, step: int) -> int:
         }
     )
     state.scheduler.load_state_dict(head["scheduler"])
-    tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], state.weights[0].device)
+    tensors = _flatten(values) if ranks.is_main else _empty_like(head["shapes"], weights[0].device)
     ranks.give(tensors[name] for name in sorted(head["shapes"]))
     if not ranks.is_main:
         state.optimizer.load_state_dict({"state": _unflatten(tensors), "param_groups": head["groups"]})

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from truetune.engine.deal import filled
-from truetune.engine.master import gradient_norm
+from truetune.engine.master import gradient_norm, optimised
 from truetune.engine.objective import Imitation, Objective, Share, StepResult, train_step
 from truetune.engine.order import Mix, batches
 from truetune.engine.step import Engine, Forward
@@ -86,11 +86,6 @@ class Loop:
     def signal(self) -> int | None:
         """The signal that ends the run; of several ranks, what any of them had got when the last step was summed."""
         return self.raised() if self.ranks.size == 1 else self._agreed
-
-    @property
-    def _weights(self) -> list[torch.nn.Parameter]:
-        """What the optimizer trains."""
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def run(
         self,
@@ -216,7 +211,7 @@ class Loop:
         raised = self.raised()
         flags = [float(raised == number) for number in CAUGHT]
         numbers = [part.loss, part.num_learned_tokens, part.num_tokens, *flags, *part.told.values()]
-        loss, learned, tokens, *others = self.ranks.sum_gradients(self._weights, numbers)
+        loss, learned, tokens, *others = self.ranks.sum_gradients(optimised(self.optimizer), numbers)
         flags, told = others[: len(flags)], dict(zip(part.told, others[len(flags) :], strict=True))
         self._agreed = next((int(number) for number, flag in zip(CAUGHT, flags, strict=True) if flag), None)
         return StepResult(loss, int(learned), int(tokens), told)
@@ -240,8 +235,9 @@ class Loop:
         Raises: NumericsError before the optimizer moves, if the loss or the gradient is not finite and no more steps
         may be skipped: one NaN would make every weight NaN (torch's clip_grad_norm_ spreads it, AdamW keeps it).
         """
-        norm = gradient_norm(self._weights)
-        torch.nn.utils.clip_grads_with_norm_(self._weights, self.plan.max_grad_norm, norm)
+        weights = optimised(self.optimizer)
+        norm = gradient_norm(weights)
+        torch.nn.utils.clip_grads_with_norm_(weights, self.plan.max_grad_norm, norm)
         grad_norm = float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)) and self.num_skipped >= self.plan.max_skipped:
             self.optimizer.zero_grad(set_to_none=True)

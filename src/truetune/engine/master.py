@@ -44,6 +44,11 @@ class Masters:
                 parameter.copy_(weight)
 
 
+def optimised(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Return the weights that an optimizer trains, in its order."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def gradient_norm(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the norm of all gradients together, a scalar in fp64.
 
