@@ -57,9 +57,7 @@ def test_shares_sum_to_the_step(kind: Any, name: str) -> None:
         told = {key: sum(part[2][key] for part in parts) for key in wanted[2]}
         assert told == pytest.approx(wanted[2], rel=1e-4, abs=1e-6)
         assert [*parts[-1][2]] == [*wanted[2]]
-        if kind == "padded":
-            # Of tries an edge that two ranks hold is learned on both, once each.
-            assert sum(part[3] for part in parts) == wanted[3]
+        assert sum(part[3] for part in parts) == wanted[3]
 
 
 def test_a_share_measured_alone_is_noticed() -> None:

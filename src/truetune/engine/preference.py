@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -256,17 +257,27 @@ class _Unit:
         """Return the tokens of its first answer and its prompt."""
         return self.pairs[0].prompt_ids + self.pairs[0].answer_ids
 
+    @cached_property
+    def num_nodes(self) -> int:
+        """The tokens of its answers as a trie; counted once, asked for wherever rows are laid together."""
+        return count_trie_tokens(self.pairs)
+
+    @property
     def num_padded(self) -> int:
-        """Return the tokens of its answers, padded to the longest."""
+        """The tokens of its answers, padded to the longest."""
         return len(self.pairs) * (max(map(len, self.pairs)) - 1)
+
+    def num_tokens(self, *, is_trie: bool) -> int:
+        """Return the tokens that are computed for it alone."""
+        return self.num_nodes if is_trie else self.num_padded
 
 
 def _dealt(units: Sequence[_Unit], share: Share, *, is_trie: bool) -> Sequence[_Unit]:
     """Return a rank's part of the rows: evenly by tokens; of tries, rows that share prefixes together."""
     if share.num_ranks == 1:
         return units
-    ordered = sorted(units, key=_Unit.ids if is_trie else _Unit.num_padded)
-    whole = [count_trie_tokens(unit.pairs) if is_trie else unit.num_padded() for unit in ordered]
+    ordered = sorted(units, key=_Unit.ids if is_trie else lambda unit: unit.num_padded)
+    whole = [unit.num_tokens(is_trie=is_trie) for unit in ordered]
     new = list(whole)
     if is_trie:
         pairs = itertools.pairwise(unit.ids() for unit in ordered)
@@ -283,12 +294,11 @@ def _split_tries(units: Sequence[_Unit], max_tokens: int) -> list[list[_Unit]]:
     previous: tuple[int, ...] = ()
     room = 0
     for unit in sorted(units, key=_Unit.ids):
-        num_tokens = count_trie_tokens(unit.pairs)
         # Its other answers may share more with what is there; that they fit is all that is needed.
-        num_new = num_tokens - num_common(previous, unit.ids())
+        num_new = unit.num_nodes - num_common(previous, unit.ids())
         if not groups or num_new > room:
             groups.append([])
-            room, num_new = max_tokens, num_tokens
+            room, num_new = max_tokens, unit.num_nodes
         groups[-1].append(unit)
         room -= num_new
         previous = unit.ids()
@@ -312,15 +322,13 @@ def _forward(engine: Engine, units: Sequence[_Unit]) -> Forward:
     forward = build_forward(engine, pairs)
     places = list(places_of(forward, pairs))
     is_liked = [number < unit.num_liked for unit in units for number in range(len(unit.pairs))]
-    is_trie = engine.kind in ATTENTIONS
-    sizes = [count_trie_tokens(unit.pairs) if is_trie else unit.num_padded() for unit in units]
     answers = Answers(
         pairs,
         torch.tensor(is_liked, device=engine.device),
         torch.tensor([len(pair.answer_ids) for pair in pairs], device=engine.device),
         torch.from_numpy(np.concatenate(places)).to(engine.device),
         torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(some) for some in places])).to(engine.device),
-        max(sizes),
+        max(unit.num_tokens(is_trie=engine.kind in ATTENTIONS) for unit in units),
     )
     return replace(forward, answers=answers)
 
