@@ -262,12 +262,16 @@ def test_the_launcher_is_killed(start: Any, whole: Path, tmp_path: Path) -> None
 
 
 def test_under_nohup_a_closed_terminal_is_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """Whatever these tests themselves were started under."""
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in handled}
     try:
+        assert "SIGHUP" in _signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert _signals() == ["SIGTERM", "SIGINT", "SIGQUIT"]
     finally:
-        signal.signal(signal.SIGHUP, before)
-    assert "SIGHUP" in _signals()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Failure:
