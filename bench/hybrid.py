@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +21,13 @@ import transformers
 
 from bench.recipe import DATA, LEARNING_RATE, LORA, SYSTEM, TOKENIZER
 from bench.report import describe_machine
+from bench.scaling import timed_step
 from truetune.config import Config
 from truetune.data.prepare import prepare
 from truetune.data.template import build_renderer
 from truetune.engine.compare import use_kind
 from truetune.engine.order import epoch_batches
-from truetune.engine.step import Engine, Forward, make_forwards, train_step
+from truetune.engine.step import Engine, make_forwards
 from truetune.model import add_lora, choose_dtype, eos_ids, load_tokenizer
 from truetune.records import Pair, pairs_of
 
@@ -91,16 +91,6 @@ def steps_of_pairs(num_steps: int) -> list[list[Pair]]:
     return [pairs_of([rows[int(number)] for number in batch]) for batch in batches]
 
 
-def take_step(engine: Engine, optimizer: torch.optim.Optimizer, forwards: list[Forward], step: int) -> float:
-    """Take one optimizer step as the loop does, and return its seconds."""
-    began = time.perf_counter()
-    train_step(engine, forwards, seeds=(42, step), backward=lambda loss: loss.backward())
-    torch.nn.utils.clip_grad_norm_([p for p in engine.model.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - began
-
-
 def measure(shape: str, num_steps: int) -> str:
     """Return a Markdown table of both ways; the first step of each is not counted."""
     engine, optimizer = load_engine(shape)
@@ -110,7 +100,7 @@ def measure(shape: str, num_steps: int) -> str:
         for kind in KINDS:
             one = use_kind(replace(engine, kind=kind))
             forwards = make_forwards(one, pairs)
-            took = take_step(one, optimizer, forwards, step)
+            took = timed_step(one, optimizer, forwards, step)
             sys.stderr.write(f"step {step}, {kind}: {took:.2f} s\n")
             if step:
                 seconds[kind].append(took)
@@ -136,9 +126,9 @@ def profile(shape: str, kind: Any) -> str:
     engine, optimizer = load_engine(shape)
     engine = use_kind(replace(engine, kind=kind))
     first, second = (make_forwards(engine, pairs) for pairs in steps_of_pairs(2))
-    take_step(engine, optimizer, first, 0)
+    timed_step(engine, optimizer, first, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        take_step(engine, optimizer, second, 1)
+        timed_step(engine, optimizer, second, 1)
     table: str = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
     return table
 

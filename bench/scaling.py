@@ -25,7 +25,7 @@ from bench.recipe import LEARNING_RATE, LORA, RESULTS, SHAPES
 from bench.report import describe_machine
 from truetune.engine.compare import use_kind
 from truetune.engine.objective import train_step
-from truetune.engine.step import Engine, make_forwards
+from truetune.engine.step import Engine, Forward, make_forwards
 from truetune.model import add_lora, choose_dtype, find_base, load_base
 from truetune.records import Pair
 
@@ -67,8 +67,12 @@ def load_engine(shape: str) -> tuple[Engine, torch.optim.Optimizer]:
 
 
 def take_step(engine: Engine, optimizer: torch.optim.Optimizer, pairs: list[Pair], step: int) -> float:
-    """Take one optimizer step as the loop does, and return its seconds; tries are built outside, as in a run."""
-    forwards = make_forwards(engine, pairs)
+    """Take one optimizer step on pairs and return its seconds; tries are built outside, as in a run."""
+    return timed_step(engine, optimizer, make_forwards(engine, pairs), step)
+
+
+def timed_step(engine: Engine, optimizer: torch.optim.Optimizer, forwards: list[Forward], step: int) -> float:
+    """Take one optimizer step as the loop does, and return its seconds."""
     began = time.perf_counter()
     train_step(engine, forwards, seeds=(42, step), backward=lambda loss: loss.backward())
     torch.nn.utils.clip_grad_norm_([p for p in engine.model.parameters() if p.requires_grad], 1.0)

@@ -24,26 +24,30 @@ def to_example(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def arguments(job: Job, rows_per_forward: int) -> dict[str, Any]:
+    """Return what TRL's trainers are all told: the recipe's numbers, nothing saved or reported."""
+    return {
+        "output_dir": job.folder,
+        "per_device_train_batch_size": rows_per_forward,
+        "gradient_accumulation_steps": job.rows_per_step // rows_per_forward,
+        "learning_rate": LEARNING_RATE,
+        "max_length": MAX_LENGTH,
+        "bf16": job.dtype == "bfloat16",
+        "gradient_checkpointing": job.is_checkpointed,
+        "model_init_kwargs": {"dtype": job.dtype},
+        "max_steps": job.num_steps,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 def main(job: Job) -> None:
     """Take the job's steps."""
-    arguments = SFTConfig(
-        output_dir=job.folder,
-        per_device_train_batch_size=ROWS_PER_FORWARD,
-        gradient_accumulation_steps=job.accumulation,
-        learning_rate=LEARNING_RATE,
-        max_length=MAX_LENGTH,
-        bf16=job.dtype == "bfloat16",
-        gradient_checkpointing=job.is_checkpointed,
-        model_init_kwargs={"dtype": job.dtype},
-        max_steps=job.num_steps,
-        use_cpu=True,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
-        report_to="none",
-    )
     trainer = SFTTrainer(
         model=job.model,
-        args=arguments,
+        args=SFTConfig(**arguments(job, ROWS_PER_FORWARD)),
         train_dataset=Dataset.from_list([to_example(row) for row in job.rows()]),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
         callbacks=[StepClock(job)],

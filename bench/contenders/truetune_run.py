@@ -13,13 +13,11 @@ from bench.recipe import DATA, LEARNING_RATE, LORA, MAX_LENGTH, SHAPES, SYSTEM, 
 from truetune.cli import run
 
 
-def words(job: Job, output: Path) -> list[str]:
-    """Return the command line: the same recipe, the whole file, the same order by the same seed."""
+def train_words(job: Job, data: Path, *, output: Path, **more: Any) -> list[str]:
+    """Return the command line of a contender's run: the recipe's numbers, and `more` keys; none is held out."""
     options = {
         "model": job.model,
         "output-dir": output,
-        "system": SYSTEM,
-        "input-join": "",
         "chat-template-kwargs": "{enable_thinking: false}",
         "max-length": MAX_LENGTH,
         "lora-r": LORA["r"],
@@ -34,8 +32,14 @@ def words(job: Job, output: Path) -> list[str]:
         "warmup-ratio": 0,
         "eval-split": 0,
         "seed": job.seed,
+        **{name.replace("_", "-"): value for name, value in more.items()},
     }
-    return ["train", str(DATA), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    return ["train", str(data), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def words(job: Job, output: Path) -> list[str]:
+    """Return the command line: the same recipe, the whole file, the same order by the same seed."""
+    return train_words(job, DATA, output=output, system=SYSTEM, input_join="")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
