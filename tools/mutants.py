@@ -18,15 +18,17 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "1 loss divided by each forward's own tokens",
-        "engine/step.py",
+        "engine/objective.py",
         "self.forwards[number]) / self.num_learned_tokens",
         "self.forwards[number]) / int(self.forwards[number].weights_E.sum())",
         "tests/engine/test_step.py",
     ),
-    Mutant("gradient doubled", "engine/step.py", "backward(loss)", "backward(2 * loss)", "tests/engine/test_step.py"),
+    Mutant(
+        "gradient doubled", "engine/objective.py", "backward(loss)", "backward(2 * loss)", "tests/engine/test_step.py"
+    ),
     Mutant(
         "half the gradient lost",
-        "engine/step.py",
+        "engine/objective.py",
         "            backward(loss)",
         "            backward(loss) if number % 2 == 0 else None",
         "tests/engine/test_step.py",
@@ -47,7 +49,7 @@ MUTANTS = (
     ),
     Mutant(
         "dropout not reseeded",
-        "engine/step.py",
+        "engine/objective.py",
         "torch.manual_seed(dropout_seed(*seeds, forward=number * share.num_ranks + share.rank))",
         "pass",
         "tests/test_loop.py",
@@ -153,15 +155,15 @@ MUTANTS = (
     Mutant(
         "21 LoRA's input gets no gradient",
         "engine/lora.py",
-        "_drop_(grad_inner @ a, is_kept)",
-        "_drop_(grad_inner @ (0 * a), is_kept)",
+        "_drop_(torch.cat(grad_inners, dim=1) @ a, is_kept)",
+        "_drop_(torch.cat(grad_inners, dim=1) @ (0 * a), is_kept)",
         "tests/engine/test_lora.py",
     ),
     Mutant(
         "21 A gets no gradient",
         "engine/lora.py",
-        "grad_as = (grad_inner.T @",
-        "grad_as = 0 * (grad_inner.T @",
+        "grad_as = (torch.cat(of_as, dim=1).T @",
+        "grad_as = 0 * (torch.cat(of_as, dim=1).T @",
         "tests/engine/test_lora.py",
     ),
     Mutant(
@@ -300,7 +302,7 @@ MUTANTS = (
     Mutant(
         "template's tokens flatter the answers' loss",
         "evaluate.py",
-        "    is_template_A[-1] = True\n",
+        "    is_template_A[-1] = pair.num_template_tokens > 0\n",
         "",
         "tests/test_evaluate.py",
     ),
@@ -362,10 +364,10 @@ MUTANTS = (
     ),
     Mutant(
         "31 warm-up silently ignored",
-        "assembly.py",
+        "optimizer.py",
         "num_warmup_steps=int(config.warmup_ratio * num_steps)",
         "num_warmup_steps=0",
-        "tests/test_assembly.py",
+        "tests/test_optimizer.py",
     ),
     Mutant(
         "a checkpoint is renamed before its files are on the disk",
@@ -524,8 +526,8 @@ MUTANTS = (
     Mutant(
         "18 merged in bfloat16",
         "merge.py",
-        'model = load_base(source.base, "float32")\n    num_rows',
-        'model = load_base(source.base, "bfloat16")\n    num_rows',
+        'model = load_base(replace(source.base, quantization=None), "float32")\n    num_rows',
+        'model = load_base(replace(source.base, quantization=None), "bfloat16")\n    num_rows',
         "tests/test_merge.py",
     ),
     Mutant("18 what rounding loses not counted", "merge.py", "if lost > MAX_LOST:", "if False:", "tests/test_merge.py"),
@@ -566,7 +568,7 @@ MUTANTS = (
     ),
     Mutant(
         "38 the token that ends a turn not named in generation_config.json",
-        "merge.py",
+        "identity.py",
         "[*dict.fromkeys([end, *renderer.stop_ids])]",
         "[*renderer.stop_ids]",
         "tests/test_merge.py",
@@ -730,7 +732,7 @@ MUTANTS = (
         "engine/objective.py",
         "forward=number * share.num_ranks + share.rank",
         "forward=number",
-        "tests/engine/test_step.py",
+        "tests/engine/test_objective.py",
     ),
     Mutant(
         "ranks: a forward that fills up is learned",
