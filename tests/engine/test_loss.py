@@ -39,6 +39,18 @@ def plain(hidden: torch.Tensor, head: Head, edges: dict[str, torch.Tensor]) -> t
     return (losses * edges["weights_E"]).sum()
 
 
+def in_pieces(monkeypatch: pytest.MonkeyPatch, rows_a_chunk: int, rows_a_block: int) -> None:
+    """Cut the logits so."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_a_chunk * WORDS)
+    monkeypatch.setattr(module, "BLOCK_LOGITS", rows_a_block * WORDS)
+
+
+def head_with(weight: torch.Tensor, keys: dict[str, Any]) -> Head:
+    """A head with a scale, a cap, or (`bias`) a bias."""
+    bias = torch.linspace(-1, 1, WORDS, dtype=torch.float64) if "bias" in keys else None
+    return Head(weight, bias, **{key: value for key, value in keys.items() if key != "bias"})
+
+
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 1000])
 @pytest.mark.parametrize("rows_a_block", [1, 3, 1000])
 @pytest.mark.parametrize("keys", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}, {"bias": 1}])
@@ -46,11 +58,9 @@ def test_same_as_cross_entropy(
     rows_a_chunk: int, rows_a_block: int, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradient, however they are cut; several edges may leave one node."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_a_chunk * WORDS)
-    monkeypatch.setattr(module, "BLOCK_LOGITS", rows_a_block * WORDS)
+    in_pieces(monkeypatch, rows_a_chunk, rows_a_block)
     hidden, weight, edges = case()
-    bias = torch.linspace(-1, 1, WORDS, dtype=torch.float64) if "bias" in keys else None
-    head = Head(weight, bias, **{key: value for key, value in keys.items() if key != "bias"})
+    head = head_with(weight, keys)
     ours = edge_loss(hidden, head, **edges)
     (gradient,) = torch.autograd.grad(ours * 0.5, [hidden])
     wanted = plain(hidden, head, edges)
@@ -67,11 +77,9 @@ def test_each_edge_has_a_loss_and_a_gradient_of_its_own(
     rows_a_chunk: int, rows_a_block: int, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the losses are made into is no sum: each edge is weighed by what all of them are."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", rows_a_chunk * WORDS)
-    monkeypatch.setattr(module, "BLOCK_LOGITS", rows_a_block * WORDS)
+    in_pieces(monkeypatch, rows_a_chunk, rows_a_block)
     hidden, weight, edges = case()
-    bias = torch.linspace(-1, 1, WORDS, dtype=torch.float64) if "bias" in keys else None
-    head = Head(weight, bias, **{key: value for key, value in keys.items() if key != "bias"})
+    head = head_with(weight, keys)
     parents, targets = edges["parents_E"], edges["targets_E"]
     ours = edge_losses(hidden, head, parents_E=parents, targets_E=targets)
     (gradient,) = torch.autograd.grad((ours[::2].sum() * ours[1::2].sum()).sqrt(), [hidden])
