@@ -144,6 +144,14 @@ def test_a_trial_that_goes_on_with_another_ones_weights_is_noticed(
     assert told(tmp_path / "out") == []
 
 
+def test_every_trial_begins_at_the_base(place: Path, tmp_path: Path) -> None:
+    """Two of them: what the first one learned is gone."""
+    assert run([*words(place, tmp_path / "out"), "--trials", "2"]) == 0
+    starts = {trial.evaluations[0] for trial in TuneDir(tmp_path / "out").read_trials()}
+    assert len(starts) == 1
+    assert len(told(tmp_path / "out")) == 2
+
+
 @pytest.mark.slow
 def test_what_a_kill_cut_is_taken_again(whole: Path, place: Path, tmp_path: Path) -> None:
     """After any number of lines, and inside one, the search goes on to the same trials; finished ones are not taken."""
