@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,3 +116,20 @@ def test_no_rows(tmp_path: Path) -> None:
     assert (len(stored), list(stored), stored.lengths(0, 1).tolist()) == (0, [], [])
     stored.write(tmp_path / "again.arrow")
     assert list(StoredRows(tmp_path / "again.arrow")) == []
+
+
+def test_no_memory_for_a_thread_is_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow says "Unknown error"; another fault of a file stays what it is."""
+    problem = "Unknown error: Failed to launch worker thread: Resource temporarily unavailable"
+
+    def refuse(*_: Any) -> Any:
+        raise pa.ArrowException(problem)
+
+    with RowWriter(tmp_path / "rows.arrow"):
+        pass
+    monkeypatch.setattr(pa.ipc, "open_file", refuse)
+    with pytest.raises(MemoryError):
+        StoredRows(tmp_path / "rows.arrow")
+    problem = "Unknown error: something else"
+    with pytest.raises(pa.ArrowException):
+        StoredRows(tmp_path / "rows.arrow")

@@ -172,10 +172,18 @@ class _Records:
 
 
 def _mapped(path: Path) -> list[_Records]:
-    """Return the batches of an Arrow file, mapped into memory."""
-    with pa.memory_map(str(path)) as source:
-        reader = pa.ipc.open_file(source)
-        return [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+    """Return the batches of an Arrow file, mapped into memory.
+
+    Raises: MemoryError if none is left for Arrow's threads, which it calls an unknown error.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            return [_Records(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+    except pa.ArrowException as error:
+        if "Resource temporarily unavailable" in str(error):
+            raise MemoryError(str(error)) from None
+        raise
 
 
 class _File:
