@@ -5,8 +5,9 @@
 
 The same steps each time: 16 rows of 128 random tokens, half of them a common prefix. Two processes run under torchrun,
 once with a base each (`replicate`), once with its layers spread over both (`shard`). Memory is the most that a process
-holds during its steps (PSS, looked at every 50 ms). On a CPU, weights in the type in which they are stored are mapped
-from their file, so that processes of one machine share them: in `replicate`, half of the base counts for each.
+holds during its steps, looked at every 50 ms: alone on its machine (RSS), and its part where they share one (PSS). On a
+CPU, weights in the type in which they are stored are mapped from their file, so that processes of one machine share
+them: in `replicate`, half of the base counts for each then.
 """
 
 from __future__ import annotations
@@ -61,22 +62,26 @@ def work(shape: str, strategy: str, target: Path) -> None:
         with most_held() as peaks:
             events = list(loop.run(rows))
         seconds = [event["seconds"] for event in events[1:]]
-        told = {"seconds": seconds, "peak": ranks.most(max(peaks)), "threads": torch.get_num_threads()}
+        most = {name: ranks.most(max(held)) for name, held in peaks.items()}
+        told = {"seconds": seconds, **most, "threads": torch.get_num_threads()}
         if ranks.is_main:
             target.write_text(json.dumps(told), encoding="utf-8")
     os._exit(0)
 
 
 @contextmanager
-def most_held() -> Iterator[list[int]]:
-    """Give a list that fills with what this process holds, while the block runs."""
+def most_held() -> Iterator[dict[str, list[int]]]:
+    """Give lists that fill with the bytes that this process holds, while the block runs."""
     import psutil
 
-    peaks, is_over, process = [0], threading.Event(), psutil.Process()
+    peaks: dict[str, list[int]] = {"rss": [0], "pss": [0]}
+    is_over, process = threading.Event(), psutil.Process()
 
     def watch() -> None:
         while not is_over.wait(0.05):
-            peaks.append(process.memory_full_info().pss)
+            held = process.memory_full_info()
+            for name, values in peaks.items():
+                values.append(getattr(held, name))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -120,13 +125,14 @@ def main() -> None:
         f"{machine['date']}, {machine['processor']}, {machine['cores']} cores, load before {machine['load_before']}. "
         f"Median of {NUM_STEPS} steps of {CELL[2]} rows.",
         "",
-        "| | processes × threads | rows/s | memory of each |",
-        "|---|---|---|---|",
+        "| | processes × threads | rows/s | memory of each, alone | sharing a machine |",
+        "|---|---|---|---|---|",
     ]
     for name, (num_ranks, _) in CASES.items():
         found = measure(name, options.shape)
         rate = CELL[2] / statistics.median(found["seconds"])
-        lines.append(f"| {name} | {num_ranks} × {found['threads']} | {rate:.2f} | {found['peak'] / 1e9:.2f} GB |")
+        memory = " | ".join(f"{found[key] / 1e9:.2f} GB" for key in ("rss", "pss"))
+        lines.append(f"| {name} | {num_ranks} × {found['threads']} | {rate:.2f} | {memory} |")
     table = "\n".join([*lines, ""])
     (RESULTS / f"devices-{options.shape}.md").write_text(table, encoding="utf-8")
     sys.stdout.write(table)

@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine.step": {"records", "engine.answers", "engine.attention", "engine.loss", "engine.trie"},
     "engine.deal": {"records", "engine.step", "engine.trie"},
     "engine.objective": {"records", "engine.deal", "engine.step"},
-    "engine.shard": {"errors"},
+    "engine.shard": {"errors", "engine.memory"},
     "engine.score": {"records", "engine.step", "engine.trie"},
     "engine.answers": {"records"},
     "engine.preference": {

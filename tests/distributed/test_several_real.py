@@ -18,6 +18,9 @@ pytestmark = pytest.mark.real
 
 STEPS, ROWS_PER_STEP, FAULT_STEPS, TOLERANCE = 20, 4, 1, 1e-5
 OF_SUMS = [plant for plant in PLANTS if "dropout" not in plant]
+BOTH = [{"strategy": strategy, "steps": FAULT_STEPS} for strategy in ("shard", "replicate")]
+FROZEN_BYTES = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576) * 4
+"""Of the layers, in fp32."""
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +41,9 @@ def alone(job: dict[str, Any]) -> Told:
 
 @pytest.fixture(scope="module")
 def two(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Told, dict[str, Any]]]:
-    """Two processes: the whole run, then each fault for a step."""
+    """Two processes: the whole run, then each fault for a step, then a step of both strategies."""
     faults = [{**job, "steps": FAULT_STEPS, "plant": plant} for plant in OF_SUMS]
-    return work(tmp_path_factory.mktemp("two"), [job, *faults], num_ranks=2)
+    return work(tmp_path_factory.mktemp("two"), [job, *faults, *(job | case for case in BOTH)], num_ranks=2)
 
 
 def check(found: Told, alone: Told) -> None:
@@ -67,7 +70,7 @@ def test_planted_faults_are_seen(alone: Told, two: Any) -> None:
     """Each one moves the loss or the grad norm far past the tolerance at once."""
     wanted = ([event for event in alone[0] if event.get("step", 99) <= FAULT_STEPS], alone[1])
     seen = {}
-    for plant, (found, _) in zip(OF_SUMS, two[1:], strict=True):
+    for plant, (found, _) in zip(OF_SUMS, two[1 : len(OF_SUMS) + 1], strict=True):
         steps = [[e for e in events if e["kind"] == "step"] for events in (found[0], wanted[0])]
         seen[plant] = max(
             abs(a[name] / b[name] - 1) for a, b in zip(*steps, strict=True) for name in ("loss", "grad_norm")
@@ -75,3 +78,14 @@ def test_planted_faults_are_seen(alone: Told, two: Any) -> None:
     print(seen)
     assert len(seen) == 4
     assert min(seen.values()) > 1000 * TOLERANCE, seen
+
+
+def test_a_spread_base_takes_less_memory(alone: Told, two: Any) -> None:
+    """The same step with its layers spread over two ranks: most of half of them less at the peak."""
+    spread, whole = two[-2:]
+    figures = apart(spread[0], whole[0])
+    print(figures, spread[1]["most_peak"], whole[1]["most_peak"])
+    assert all(value <= TOLERANCE for value in figures.values()), figures
+    assert spread[1]["most_held"] * 4 == whole[1]["most_held"] * 4 - FROZEN_BYTES // 2
+    assert spread[1]["most_peak"] < whole[1]["most_peak"] - 0.6 * FROZEN_BYTES / 2
+    assert spread[0][0][0]["eval_loss"] == pytest.approx(alone[0][0]["eval_loss"], rel=TOLERANCE)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from truetune.engine import objective
 from truetune.engine.compare import use_kind
-from truetune.engine.memory import set_checkpointing
+from truetune.engine.memory import peak_of, set_checkpointing
 from truetune.engine.shard import make_mesh, shard
 from truetune.engine.step import Engine
 from truetune.evaluate import loss_evaluator
@@ -62,10 +62,10 @@ def train(ranks: Ranks, job: dict[str, Any]) -> tuple[list[Event], dict[str, tor
     plan = Plan(job["steps"], job["rows_per_step"], SEED, 1.0, 10, 1000)
     rows = rows_of(job["rows"])
     loop = Loop(engine, optimizer, scheduler, plan, lambda loss: loss.backward(), ranks=ranks)
-    with planted(job.get("plant"), ranks, rows) as seen:
+    with planted(job.get("plant"), ranks, rows) as seen, peak_of(engine.device) as peak:
         events = list(loop.run(seen, evaluate=loss_evaluator(engine, rows[:5], ranks=ranks)))
     adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return events, adapter, facts(model)
+    return events, adapter, facts(model) | {"peak": peak()}
 
 
 def facts(model: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def main(path: Path) -> None:
     with connected() as ranks:
         for number, job in enumerate(json.loads(path.read_text())):
             events, adapter, held = train(ranks, job)
-            held["most_held"] = ranks.most(held["held"])
+            held |= {"most_held": ranks.most(held["held"]), "most_peak": ranks.most(held["peak"])}
             if ranks.is_main:
                 save_file(adapter, path.with_name(f"{ranks.size}-{number}.safetensors"))
                 told = json.dumps({"events": events, "facts": held, "alone": ranks == ALONE})

@@ -31,6 +31,8 @@ MAX_CPU_TOKENS, MAX_GPU_TOKENS = 2048, 16384
 MIN_TOKENS = 64
 MEASURED_TOKENS = (256, 512)
 PIECE_TOKENS = 64
+LARGE_BYTES = 8 << 20
+"""Blocks of a sharded base that go back to the system as soon as they are freed (see `free_at_once`)."""
 MEMORY_SHARE = 0.85
 """Of the free memory that a run may take; the rest is for other programs and for what the line misses."""
 
@@ -191,6 +193,17 @@ def _give_back_freed() -> None:
         library.malloc_trim(0)
     elif hasattr(library, "malloc_zone_pressure_relief"):  # macOS
         library.malloc_zone_pressure_relief(None, 0)
+
+
+def free_at_once() -> None:
+    """Let glibc give every large block its own mapping, so that freeing it gives the memory back.
+
+    By itself it moves that limit up to the largest block that was freed, 32 MB at most, and lays smaller ones side by
+    side; layers that come and go between what stays then leave holes, 0.4 GB more a step (docs/log.md).
+    """
+    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(-3, LARGE_BYTES)  # M_MMAP_THRESHOLD
 
 
 @contextmanager

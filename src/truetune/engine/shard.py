@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from truetune.engine.memory import free_at_once
 from truetune.errors import UserError
 
 
@@ -41,6 +42,7 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
     frozen = [parameter for parameter in layers.parameters() if not parameter.requires_grad]
     if len(trained) and not frozen:
         raise UserError("shard_all_trained", where="strategy", fix="shard_other")
+    free_at_once()
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=trained)
     around = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}
