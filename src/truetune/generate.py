@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from truetune.cores import give_back_workers
 from truetune.data.template import CLOSE_THINKING, OPEN_THINKING, Renderer
 from truetune.model import pad_id
 from truetune.records import Message
@@ -122,6 +123,7 @@ def stream(model: Any, renderer: Renderer, *, messages: Sequence[Message], sampl
         finally:
             streamer.end()
 
+    give_back_workers()
     with ThreadPoolExecutor(max_workers=1) as pool:
         future = pool.submit(work)
         try:

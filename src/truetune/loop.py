@@ -6,7 +6,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from truetune.cores import aside
 from truetune.engine.deal import filled
 from truetune.engine.master import gradient_norm, optimised
 from truetune.engine.objective import Imitation, Objective, Share, StepResult, train_step
@@ -132,7 +132,7 @@ class Loop:
             forwards = self.objective.forwards(self.engine, chosen, share=share)
             return Batch(step, epoch, chosen, forwards, share, count_trie_tokens(self.objective.pairs(chosen)))
 
-        with closing(order), ThreadPoolExecutor(max_workers=1) as builder:
+        with closing(order), aside() as builder:
             following = builder.submit(build, start + 1)
             for step in range(start + 1, plan.num_steps + 1):
                 batch = following.result()

@@ -199,7 +199,7 @@ def free_at_once() -> None:
     """Let glibc give every large block its own mapping, so that freeing it gives the memory back.
 
     By itself it moves that limit up to the largest block that was freed, 32 MB at most, and lays smaller ones side by
-    side; layers that come and go between what stays then leave holes, 0.4 GB more a step (docs/log.md).
+    side; layers that come and go between what stays then leave holes, 0.3 GB more a step (docs/log.md).
     """
     library: Any = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(library, "mallopt"):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from truetune.cores import give_back_workers
 from truetune.serve.batch import Batch, Row
 from truetune.serve.sampler import Draw, Scored
 from truetune.serve.text import Detokeniser, StopFinder
@@ -113,7 +114,8 @@ class Worker:
         return self._is_closing or len(self._waiting) >= self._max_waiting
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; the calling one, which may have loaded the model, leaves it all cores."""
+        give_back_workers()
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
