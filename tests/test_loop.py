@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from truetune.engine.objective import Imitation
 from truetune.engine.step import Engine
 from truetune.errors import MachineError, NumericsError
 from truetune.loop import Loop, Plan
@@ -96,6 +98,23 @@ def test_every_adapter_weight_moves_and_no_other(tiny_base: Path) -> None:
     moved = {name for name, p in loop.engine.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert len(moved) == 2 * 2 * 7
+
+
+def test_tries_are_built_aside_by_one_core(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else that thread's workers put those of the steps to sleep (cores.py)."""
+    loop, own, right = make_loop(tiny_base), torch.get_num_threads(), Imitation.forwards
+    torch.set_num_threads(2)
+    seen: list[tuple[bool, int]] = []
+
+    def forwards(self: Imitation, *args: Any, **kwargs: Any) -> Any:
+        seen.append((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return right(self, *args, **kwargs)
+
+    monkeypatch.setattr(Imitation, "forwards", forwards)
+    threads = [torch.get_num_threads() for _ in loop.run(ROWS)]
+    torch.set_num_threads(own)
+    assert seen == [(False, 1)] * 3
+    assert threads == [2] * 3
 
 
 def test_nan_stops_before_the_optimizer_moves(tiny_base: Path) -> None:

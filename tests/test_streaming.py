@@ -112,6 +112,7 @@ def test_stopped_anywhere_and_resumed_twice_it_is_the_same_run(whole: Path, plac
         assert told(out) == told(whole)
 
 
+@pytest.mark.long
 def test_killed_at_a_moment_of_chance(whole: Path, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for more in ((), ("--resume",)):
@@ -267,6 +268,7 @@ def remembered(place: Path, tmp_path: Path) -> Callable[[int], list[int]]:
     return read
 
 
+@pytest.mark.long
 def test_memory_is_flat(remembered: Callable[[int], list[int]]) -> None:
     """From the second tenth of a file to its end: no more than noise, a small part of what the rows would take."""
     marks = remembered(40_000)

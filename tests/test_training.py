@@ -96,7 +96,7 @@ def weights(out: Path) -> bytes:
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_stopped_and_resumed_equals_uninterrupted(
     signal_number: int, whole: Path, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

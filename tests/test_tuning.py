@@ -171,7 +171,7 @@ def test_what_a_kill_cut_is_taken_again(whole: Path, place: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_stopped_in_a_trial_and_resumed(number: int, whole: Path, place: Path, tmp_path: Path) -> None:
     """A real process is killed, or asked to stop, at a moment of chance; what ended is there, and the rest follows."""
     out = tmp_path / "out"

@@ -251,6 +251,27 @@ MUTANTS = (
         "tests/test_loop.py",
     ),
     Mutant(
+        "who builds tries has workers of its own",
+        "loop.py",
+        "aside() as builder",
+        "__import__('concurrent.futures').futures.ThreadPoolExecutor(1) as builder",
+        "tests/test_loop.py",
+    ),
+    Mutant(
+        "the core of a helper is forgotten",
+        "cores.py",
+        "    torch.get_num_threads()  # a",
+        "    # a",
+        "tests/test_cores.py",
+    ),
+    Mutant(
+        "who hands the model over keeps its workers",
+        "cores.py",
+        "    pause(1)",
+        "    # pause(1)",
+        "tests/test_cores.py",
+    ),
+    Mutant(
         "8 weights that are not finite are saved",
         "checkpoint.py",
         "    _require_finite(state, step)\n",

@@ -123,6 +123,7 @@ def no_leftovers(process: subprocess.Popen[str], out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 def test_stopped_and_resumed_with_other_ranks(number: int, start: Any, whole: Path, tmp_path: Path) -> None:
     """A signal to the parent: all stop after one step, rank 0 saves; 2 ranks, then 1, are one run. Said once."""
@@ -187,6 +188,7 @@ def test_torchrun_starts_again_by_itself(start: Any, whole: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fault_of_all_ranks_is_told_once(start: Any, tmp_path: Path) -> None:
     """Exit code of the fault, its three parts once, nothing else; nothing written."""
     code, _, errors = end(start("--devices", "2", "--target-modules", "no_such"))
@@ -211,6 +213,7 @@ def test_the_example_trains_on_two(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stream_on_two_is_that_on_one(start: Any, tmp_path: Path) -> None:
     """Every rank reads it, and takes its part of the same steps; a checkpoint's place is everybody's."""
     words = ["--streaming", "true", "--shuffle-rows", "8", "--num-train-epochs", "3", "--max-steps", "4"]

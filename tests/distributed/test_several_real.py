@@ -60,6 +60,7 @@ def test_two_processes_equal_one(alone: Told, two: Any) -> None:
     check(two[0][0], alone)
 
 
+@pytest.mark.long
 def test_four_processes_equal_one(job: dict[str, Any], alone: Told, tmp_path: Path) -> None:
     """Some ranks get nothing in some steps: four rows a step, and neighbours that share."""
     ((found, _),) = work(tmp_path, [job], num_ranks=4)

@@ -177,6 +177,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(
     name: str, real: Real, rows: Sequence[Row], both: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -215,6 +215,7 @@ def test_twenty_steps_by_trie_equal_padded_rows(smol: Path, rows: Sequence[Row],
     assert all(value <= TOLERANCE for value in found.values()), found
 
 
+@pytest.mark.long
 def test_bf16_curves_overlap(smol: Path, rows: Sequence[Row]) -> None:
     """In bf16, tries and padded rows of one seed are closer to each other than two seeds of either."""
     if choose_dtype()[0] != "bfloat16":

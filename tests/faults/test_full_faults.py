@@ -69,6 +69,7 @@ def _hurt_at(number: int, fault: str, *, full: Path, out: Path, command: list[st
     return code
 
 
+@pytest.mark.long
 def test_killed_or_full_at_some_operations(data: Path, held_out: Path, model: Path, full: Path, tmp_path: Path) -> None:
     """Every SAMPLE-th operation: `make test-faults` takes them all."""
     most = int((full.parent / "operations").read_text())

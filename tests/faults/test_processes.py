@@ -120,6 +120,7 @@ def _kill_often(number: int, start: Callable[..., Any], whole: Path, tmp_path: P
     return kills, most_repeated
 
 
+@pytest.mark.long
 def test_kill_a_few_times(start: Callable[..., Any], long_whole: Path, tmp_path: Path) -> None:
     kills, most_repeated = _kill_often(3, start, long_whole, tmp_path)
     assert kills == 3

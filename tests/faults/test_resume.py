@@ -91,7 +91,9 @@ def _damage(path: Path, how: str) -> None:
     path.write_bytes({"flip": flipped, "cut": content[:middle], "zero": bytes(len(content))}[how])
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "zero"])
+@pytest.mark.parametrize(
+    "how", ["cut", pytest.param("flip", marks=pytest.mark.long), pytest.param("zero", marks=pytest.mark.long)]
+)
 def test_damage_of_every_file(
     how: str, command: Callable[..., list[str]], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_check_is_a_report_and_rows(page: Any, tiny_qwen: Path, home: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_f22_no_kill_of_the_studio_takes_anything_away(process: Any, tiny_qwen: Path, home: Path) -> None:
     (process.home / "data.json").write_text((home / "data.json").read_text())
     page = process.start()
