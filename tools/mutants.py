@@ -251,6 +251,13 @@ MUTANTS = (
         "tests/test_loop.py",
     ),
     Mutant(
+        "a quantised base keeps its file in memory",
+        "model.py",
+        "        copy_from_file(",
+        "        list(",
+        "tests/engine/test_quantised.py",
+    ),
+    Mutant(
         "who builds tries has workers of its own",
         "loop.py",
         "aside() as builder",
@@ -900,8 +907,8 @@ MUTANTS = (
     Mutant(
         "quantised layers compute as bitsandbytes does",
         "model.py",
-        "    dequantise_layers(model)\n",
-        "",
+        "    if dequantise_layers(model):\n",
+        "    if base.quantization is not None:\n",
         "tests/engine/test_quantised.py",
     ),
     Mutant(

@@ -216,9 +216,11 @@ def load_base(base: Base, dtype: str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from truetune.engine.quantised import dequantise_layers
+    from truetune.engine.memory import copy_from_file, free_at_once
+    from truetune.engine.quantised import dequantise_layers, is_quantised
 
     if base.quantization is not None:
+        free_at_once()  # of each layer, while it is read and whenever it is dequantised
         require(base.quantization, folder=base.folder, name=base.name)
     kind = arguments(base.quantization, dtype=getattr(torch, dtype))
     try:
@@ -232,7 +234,8 @@ def load_base(base: Base, dtype: str) -> Any:
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError("model_missing_weights", where=base.name, fix="model_broken", name=missing[0], n=len(missing))
-    dequantise_layers(model)
+    if dequantise_layers(model):
+        copy_from_file(parameter for parameter in model.parameters() if not is_quantised(parameter))
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def test_layers_memory_and_counts(bits: str, most: float, folder: Path) -> None:
     quantised = sum(weight.numel() for name, weight in weights.items() if name != "lm_head")
     assert held_bytes(model) < held_bytes(plain) - (4 - bytes_of) * quantised + 16 * 1024 * len(layers)
     assert count_parameters(model)[1] == count_parameters(plain)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads /proc")
+def test_the_file_does_not_stay_in_memory(folder: Path, tmp_path: Path) -> None:
+    """What is not quantised is copied out of the mapped file, of which every page was read; a plain base maps it."""
+    maps = Path("/proc/self/maps")
+    mapped = {}
+    for bits in (None, "4bit", "8bit"):
+        own = shutil.copytree(folder, tmp_path / str(bits))
+        model = load_base(find_base(str(own), quantization=bits), "float32")
+        mapped[bits] = f"{own}/model.safetensors" in maps.read_text()
+        assert count_parameters(model)[1] > 0
+    assert mapped == {None: True, "4bit": False, "8bit": False}
 
 
 def test_a_bias_is_added(folder: Path) -> None:

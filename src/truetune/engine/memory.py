@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -32,7 +32,7 @@ MIN_TOKENS = 64
 MEASURED_TOKENS = (256, 512)
 PIECE_TOKENS = 64
 LARGE_BYTES = 8 << 20
-"""Blocks of a sharded base that go back to the system as soon as they are freed (see `free_at_once`)."""
+"""Blocks of weights that come and go, which go back to the system as soon as they are freed (see `free_at_once`)."""
 MEMORY_SHARE = 0.85
 """Of the free memory that a run may take; the rest is for other programs and for what the line misses."""
 
@@ -193,6 +193,12 @@ def _give_back_freed() -> None:
         library.malloc_trim(0)
     elif hasattr(library, "malloc_zone_pressure_relief"):  # macOS
         library.malloc_zone_pressure_relief(None, 0)
+
+
+def copy_from_file(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give weights memory of their own: a single one left in a mapped file keeps all of the file in memory."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def free_at_once() -> None:

@@ -47,11 +47,16 @@ def dequantise_layers(model: torch.nn.Module) -> int:
     """Let every quantised layer of `model` multiply by its dequantised weights; return how many there are."""
     found = 0
     for layer in model.modules():
-        if get_bnb_param_type(getattr(layer, "weight", None)) and not isinstance(layer, Dequantised):
+        if is_quantised(getattr(layer, "weight", None)) and not isinstance(layer, Dequantised):
             # PEFT goes by the name of the class.
             layer.__class__ = type(type(layer).__name__, (Dequantised, type(layer)), {})
             found += 1
     return found
+
+
+def is_quantised(weight: Any) -> bool:
+    """Return whether bitsandbytes keeps a weight."""
+    return bool(get_bnb_param_type(weight))
 
 
 def held_bytes(model: torch.nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from truetune.engine.memory import free_at_once
+from truetune.engine.memory import copy_from_file, free_at_once
 from truetune.errors import UserError
 
 
@@ -48,8 +48,5 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
     around = {parameter for parameter in inner.parameters() if not isinstance(parameter, DTensor)}
     # The root has no weights of its own: it lets the layers fetch theirs one ahead.
     fully_shard(inner, mesh=mesh, ignored_params=around)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            # Else what is left keeps the whole file of weights mapped into memory.
-            parameter.data = parameter.data.clone()
+    copy_from_file(parameter for parameter in model.parameters() if not isinstance(parameter, DTensor))
     return model
