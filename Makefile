@@ -11,10 +11,12 @@ demo: .venv/installed ## the whole story, from nothing: install, train a small m
 	$(BIN)/truetune demo
 
 test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "(slow or real) and not long and not faults and not llama and not browser"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not real and not long and not faults and not llama and not browser"
+	$(BIN)/python -m pytest -m "real and not long and not llama and not browser"
 
 test-long: .venv/installed-dev ## more places, signals and sizes of what `make test` shows; a quarter of an hour
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not faults and not llama and not browser"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not real and not faults"
+	$(BIN)/python -m pytest -m "long and real"
 
 test-faults: .venv/installed-dev ## every fault at every place of a run: killed, full, cut, flipped; about half an hour
 	$(BIN)/python -m pytest -n 2 tests/faults tests/commands/test_bad_config.py
@@ -39,7 +41,7 @@ lint: .venv/installed-dev
 	$(BIN)/python tools/generate_docs.py --check
 
 fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real and not llama and not browser" --doctest-modules --ignore=tests/browser src tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real and not faults and not llama and not browser" --doctest-modules --ignore=tests/browser src tests
 
 mutants: .venv/installed-dev ## put known bugs back; every one must be noticed
 	$(BIN)/python tools/mutation_check.py

@@ -21,11 +21,10 @@ SHARED = Path(os.environ.get("TRUETUNE_SHARED", REPOSITORY.parent / "shared")).r
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> None:
-    """One thread for tiny models (faster, and the same bits everywhere), this worker's cores for real weights."""
+    """One thread for tiny models (faster, and the same bits everywhere), all of them for real weights."""
     torch = sys.modules.get("torch")
     if torch is not None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        torch.set_num_threads(max(cores, 1) if request.node.get_closest_marker("real") else 1)
+        torch.set_num_threads(os.cpu_count() or 1 if request.node.get_closest_marker("real") else 1)
 
 
 @pytest.fixture(scope="session")

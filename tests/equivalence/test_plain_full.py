@@ -27,7 +27,7 @@ from truetune.loop import Loop, Plan
 from truetune.model import train_all
 from truetune.records import Row
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 STEPS, ROWS_PER_STEP, MAX_TOKENS, SEED, LEARNING_RATE = 20, 2, 60, 7, 1e-5
 TOLERANCE = 1e-5
@@ -177,7 +177,6 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_faults_are_seen(
     name: str, real: Real, rows: Sequence[Row], both: dict[str, Any], monkeypatch: pytest.MonkeyPatch

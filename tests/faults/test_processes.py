@@ -157,7 +157,7 @@ def test_kill_fifty_times(start: Callable[..., Any], long_whole: Path, tmp_path:
     ("number", "times"),
     [
         (signal.SIGINT, 1),
-        (signal.SIGTERM, 2),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.long),
         pytest.param(signal.SIGHUP, 1, marks=pytest.mark.faults),
         pytest.param(signal.SIGTERM, 1, marks=pytest.mark.faults),
         pytest.param(signal.SIGINT, 2, marks=pytest.mark.faults),
