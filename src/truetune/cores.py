@@ -1,10 +1,10 @@
 """Threads that compute, and the workers that torch lends to each of them.
 
-On a CPU every thread that runs one large operation gets a pool of OpenMP workers, and keeps it until it ends:
+On a CPU every thread that runs one operation on several cores gets a pool of OpenMP workers, and keeps it until it ends:
 
     main     ─ forward, backward ─   1 worker     │ 2 cores: main and its worker wait for each other awake
     another  ─ the next step's tries ─ 1 worker   │ 3 threads for 2 cores now: workers of every pool sleep between
-                                                  │ any two operations, and a step takes 1.5 times as long
+                                                  │ any two operations: steps of DPO took 1.5 times as long
 
 That limit is libgomp's (gomp_managed_threads and the throttled spin count in config/linux/wait.h). So one thread has
 workers at a time: what is done aside is done by one core, and who hands the model over gives its workers back.
