@@ -1,6 +1,6 @@
 """Threads that compute, and the workers that torch lends to each of them.
 
-On a CPU every thread that runs one operation on several cores gets a pool of OpenMP workers, and keeps it until it ends:
+On a CPU a thread that runs one operation on several cores gets a pool of OpenMP workers, and keeps it until it ends:
 
     main     ─ forward, backward ─   1 worker     │ 2 cores: main and its worker wait for each other awake
     another  ─ the next step's tries ─ 1 worker   │ 3 threads for 2 cores now: workers of every pool sleep between
