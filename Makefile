@@ -10,11 +10,11 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 demo: .venv/installed ## the whole story, from nothing: install, train a small model, compare
 	$(BIN)/truetune demo
 
-test: fast .venv/installed-dev ## every test: fast ones, whole runs of tiny models, real weights
+test: fast .venv/installed-dev ## fast tests, whole runs of tiny models, real weights
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not real and not long and not faults and not llama and not browser"
 	$(BIN)/python -m pytest -m "real and not long and not llama and not browser"
 
-test-long: .venv/installed-dev ## more places, signals and sizes of what `make test` shows; a quarter of an hour
+test-long: .venv/installed-dev ## more places, signals and sizes of what `make test` shows; five minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not real and not faults"
 	$(BIN)/python -m pytest -m "long and real"
 

@@ -183,12 +183,16 @@ def _least_bytes_per_token(engine: Engine) -> int:
     return int((config.num_hidden_layers + 8) * config.hidden_size * size)
 
 
+def _c_library() -> Any:
+    return ctypes.CDLL(None) if os.name == "posix" else None
+
+
 def _give_back_freed() -> None:
     """Return freed memory to the system: what an allocator keeps for itself would hide what comes next.
 
     C libraries name it differently; where it has neither name, growth within the kept memory is not seen.
     """
-    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    library = _c_library()
     if hasattr(library, "malloc_trim"):  # glibc
         library.malloc_trim(0)
     elif hasattr(library, "malloc_zone_pressure_relief"):  # macOS
@@ -207,7 +211,7 @@ def free_at_once() -> None:
     By itself it moves that limit up to the largest block that was freed, 32 MB at most, and lays smaller ones side by
     side; layers that come and go between what stays then leave holes, 0.3 GB more a step (docs/log.md).
     """
-    library: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    library = _c_library()
     if hasattr(library, "mallopt"):
         library.mallopt(-3, LARGE_BYTES)  # M_MMAP_THRESHOLD
 
