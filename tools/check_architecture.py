@@ -203,7 +203,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve.sampler": set(),
     "serve.text": set(),
     "serve.batch": {"records", "serve.cache", "serve.sampler"},
-    "serve.worker": {"cores", "serve.batch", "serve.sampler", "serve.text"},
+    "serve.worker": {"cores", "engine.memory", "serve.batch", "serve.sampler", "serve.text"},
     "serve.schema": {"records"},
     "serve.replies": {"serve.sampler", "serve.text", "serve.worker"},
     "serve.guard": {"errors", "messages", "serve.schema"},

@@ -187,7 +187,7 @@ def _c_library() -> Any:
     return ctypes.CDLL(None) if os.name == "posix" else None
 
 
-def _give_back_freed() -> None:
+def give_back_freed() -> None:
     """Return freed memory to the system: what an allocator keeps for itself would hide what comes next.
 
     C libraries name it differently; where it has neither name, growth within the kept memory is not seen.
@@ -223,7 +223,7 @@ def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: int(torch.cuda.max_memory_allocated(device))
         return
-    _give_back_freed()
+    give_back_freed()
     peaks, is_over = [_used_bytes(device)], threading.Event()
 
     def watch() -> None:
